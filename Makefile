@@ -1,0 +1,36 @@
+# Two commands do everything: `make demo` and `make test`.  A fresh clone needs python3 >= 3.11 and make.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test check format clean
+
+help:  ## say what there is
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "semmae needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --constraint constraints.txt --editable '.[dev]'
+	@mkdir -p .typing && ln -sfn .. .typing/semmae
+	@touch $@
+
+demo: .venv/ready  ## the whole path on generated images (demo/), some minutes on two cores
+	$(BIN)/semmae demo --output demo
+
+test: .venv/ready  ## the tests
+	$(BIN)/python -m pytest
+
+check: .venv/ready  ## formatter, linter, strict types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p semmae
+	$(BIN)/python -m pytest
+
+format: .venv/ready  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what make made
+	rm -rf .venv .typing demo build *.egg-info

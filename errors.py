@@ -1,0 +1,26 @@
+"""Mistakes a user can mend.
+
+The command line prints these as one sentence, without a traceback, and ends with exit code 1.
+Every message says what was expected, what came, where, and what to do.  Each class is also the
+builtin kind that a caller from Python would expect.
+"""
+
+
+class UserError(Exception):
+    """Base of every error that is the user's to mend, not a fault of the program."""
+
+
+class MissingError(UserError, FileNotFoundError):
+    """A file or folder that was named is not there, or holds nothing of use."""
+
+
+class SettingError(UserError, ValueError):
+    """A setting is unknown, out of range, or contradicts another one."""
+
+
+class MismatchError(UserError, ValueError):
+    """Two things that must belong together do not: a store and its images, a run and its data."""
+
+
+class DamageError(UserError, OSError):
+    """A stored object is not what was written: truncated, altered, or not complete."""

@@ -1,0 +1,1 @@
+"""Networks: frozen encoders, part learners, the AdaIN decoder, the masked autoencoder, heads."""

@@ -1,0 +1,1 @@
+"""Evaluations of stored checkpoints and part stores, and the metrics they share."""

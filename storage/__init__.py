@@ -1,0 +1,1 @@
+"""What lasts: checked files, part stores, checkpoints, result records."""
