@@ -1,0 +1,124 @@
+"""Training checkpoints and weight files: written whole or not at all, read without unpickling.
+
+A run keeps its checkpoints in ``RUN/checkpoints/step-<8 digits>.pt``.  A file of that name is
+always complete, since it is written beside and renamed; so the newest name is the state to go on
+from.
+"""
+
+import argparse
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import DamageError, MissingError
+from .files import atomic_file
+
+FORMAT = 1
+"""Version of the checkpoint layout; a reader refuses a newer one."""
+
+_NAME = re.compile(r"step-(\d{8})\.pt")
+
+
+def save_checkpoint(run: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Write ``RUN/checkpoints/step-<step>.pt`` atomically.
+
+    Args:
+        run: Folder of the run.
+        step: Optimiser steps done.
+        state: Tensors and plain data only, so that it loads with ``weights_only=True``.
+
+    Returns:
+        The path of the file.
+    """
+    path = run / "checkpoints" / f"step-{step:08d}.pt"
+    with atomic_file(path) as partial:
+        torch.save({"format": FORMAT, **state}, partial)
+    return path
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a run as (step, path), oldest first."""
+    found = [
+        (int(match[1]), path)
+        for path in (run / "checkpoints").glob("step-*.pt")
+        if (match := _NAME.fullmatch(path.name))
+    ]
+    return sorted(found)
+
+
+def prune_checkpoints(run: Path, keep_last: int) -> None:
+    """Remove all but the newest ``keep_last`` checkpoints of a run."""
+    for _, path in checkpoints(run)[:-keep_last]:
+        path.unlink()
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The file that ``path`` means: itself, or the newest checkpoint of a run folder.
+
+    Raises:
+        MissingError: There is no such file, or the folder holds no checkpoint.
+    """
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise MissingError(f"no checkpoint at {path}: expected a file or the folder of a run")
+    found = checkpoints(path)
+    if not found:
+        raise MissingError(
+            f"{path} holds no checkpoint: expected {path}/checkpoints/step-*.pt; "
+            "name the folder of a finished run, or a weight file"
+        )
+    return found[-1][1]
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a weight file of ours or of others, without running code from it.
+
+    Args:
+        path: A ``.safetensors`` file, or one that `torch.load` reads.  Files of the released MAE
+            hold an ``argparse.Namespace``, which is on the safe list; nothing else unpickles.
+
+    Returns:
+        What the file holds; for safetensors ``{"model": tensors, **metadata}``.
+
+    Raises:
+        DamageError: The file is damaged, not a weight file, or holds objects that are not tensors
+            or plain data.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                return {"model": tensors, **(opened.metadata() or {})}
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise MissingError(f"no checkpoint at {path}") from error
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise DamageError(
+            f"{path} cannot be read as weights: it is damaged or no such file"
+        ) from error
+    except Exception as error:  # pickle.UnpicklingError, and whatever a hostile pickle raises
+        raise DamageError(
+            f"{path} is no weight file, or holds more than tensors and plain data, "
+            "and such files are not opened because they can run code"
+        ) from error
+    if not isinstance(state, dict):
+        raise DamageError(f"{path} holds a {type(state).__name__}: expected a dict of weights")
+    if isinstance(state.get("format"), int) and state["format"] > FORMAT:
+        raise DamageError(
+            f"{path} has checkpoint format {state['format']}, this semmae reads up to {FORMAT}: "
+            "install a newer semmae"
+        )
+    return state
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

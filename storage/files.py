@@ -1,0 +1,238 @@
+"""Atomic and checked files: what every other module of this room writes through.
+
+A file is either the old one or the new one, never half of one: it is written beside its place,
+synced and renamed.  A JSON record carries its own CRC-32, so an altered byte is found when it is
+read.  The price is two syncs a file, about a millisecond on a local disk.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import DamageError, MissingError, UserError
+
+_BLOCK = 1 << 20
+
+_ADVICE = {
+    errno.ENOSPC: "free some space there or name another folder",
+    errno.EDQUOT: "free some of your quota there or name another folder",
+    errno.EROFS: "name a folder that can be written to",
+    errno.EACCES: "name a folder that you may write to, or change its permissions",
+    errno.EPERM: "name a folder that you may write to, or change its permissions",
+    errno.ENOTDIR: "a part of the path is a file: name another folder",
+    errno.EEXIST: "a part of the path is a file: name another folder",
+}
+
+
+def _refusal(path: Path, error: OSError) -> UserError:
+    """One sentence for a write that the system refused."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    advice = _ADVICE.get(error.errno or 0, "check the disk and the folder")
+    return UserError(f"cannot write {path}: {reason}; {advice}")
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _concerns(error: OSError, temporary: Path) -> bool:
+    """Whether an error came from writing the temporary file, not from another file."""
+    if error.filename is None:
+        return True
+    named = Path(os.fsdecode(error.filename))
+    return named == temporary or named == temporary.parent or named in temporary.parents
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary file name that becomes ``path`` when the block ends well.
+
+    The name is in the same folder, unique, and starts with a dot, so that readers of whole folders
+    (``pandas.read_parquet``) pass over it.  The file is synced before it is renamed; it is removed
+    when the block raises anything.  Parent folders are made.
+
+    Args:
+        path: Where the finished file goes; an existing file is replaced.
+
+    Yields:
+        The temporary path; the block must create a file there.
+
+    Raises:
+        UserError: The system refused the write (disk full, read-only, no permission).
+    """
+    temporary = path.parent / f".{path.name[:100]}.{uuid.uuid4().hex}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary, os.O_RDWR)
+        temporary.replace(path)
+        # Not every file system syncs folders; the rename is atomic all the same.
+        with contextlib.suppress(OSError):
+            _sync(path.parent, os.O_RDONLY)
+    except UserError:
+        raise
+    except OSError as error:
+        if not _concerns(error, temporary):
+            raise
+        raise _refusal(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file at once: a reader sees the old content or the new, nothing between.
+
+    Args:
+        path: The file; parent folders are made, an existing file is replaced.
+        data: Its whole content.
+
+    Raises:
+        UserError: The system refused the write (disk full, read-only, no permission).
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def file_crc32(path: Path) -> int:
+    """CRC-32 of a file, read in blocks of 1 MiB.
+
+    Args:
+        path: An existing file.
+
+    Returns:
+        The unsigned CRC-32 (zlib's), in [0, 2**32).
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def describe(data: bytes) -> dict[str, int]:
+    """Size (bytes) and CRC-32 of a content: what a record keeps of an object it vouches for."""
+    return {"size": len(data), "crc32": zlib.crc32(data)}
+
+
+def damage_of(path: Path, description: Mapping[str, int]) -> str | None:
+    """What is wrong with a stored object.
+
+    Args:
+        path: The object.
+        description: Its ``size`` and ``crc32`` as `describe` gave them when it was written.
+
+    Returns:
+        None if the object is what was written, else a few words ("is missing", ...).
+    """
+    try:
+        size = path.stat().st_size
+        if size != description["size"]:
+            return f"has {size} bytes in place of {description['size']}"
+        return None if file_crc32(path) == description["crc32"] else "has a wrong checksum"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def read_checked(path: Path, description: Mapping[str, int]) -> bytes:
+    """The content of a stored object, after checking it.
+
+    Args:
+        path: The object.
+        description: Its ``size`` and ``crc32`` as `describe` gave them when it was written.
+
+    Raises:
+        DamageError: The object is missing, cannot be read, or is not what was written.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError:
+        data = None
+    if data is None or describe(data) != dict(description):
+        raise DamageError(f"{path} {damage_of(path, description) or 'changed while it was read'}")
+    return data
+
+
+def _canonical(record: Mapping[str, Any]) -> bytes:
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode()
+
+
+def _sealed(record: Mapping[str, Any]) -> bytes:
+    """The bytes of a record with its checksum."""
+    sealed = {**record, "crc32": zlib.crc32(_canonical(record))}
+    return json.dumps(sealed, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record atomically as JSON with its own CRC-32 in the field ``crc32``.
+
+    The same record gives the same bytes: keys are sorted and numbers are written one way.
+
+    Args:
+        path: The file; parent folders are made, an existing file is replaced.
+        record: Plain JSON values; keys that are no strings become strings, tuples become lists.
+
+    Raises:
+        ValueError: The record has a key ``crc32`` of its own, or holds NaN or an infinity.
+        TypeError: The record holds something that JSON has no word for.
+        UserError: The system refused the write.
+    """
+    if "crc32" in record:
+        raise ValueError(f"the record for {path} has a key 'crc32', which is the checksum's")
+    # A round trip first: keys are sorted as the strings they become, not as what they were.
+    write_atomically(path, _sealed(json.loads(json.dumps(record, allow_nan=False))))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a record that `write_json` wrote, and check it to the byte.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The record without its ``crc32``.
+
+    Raises:
+        MissingError: There is no such file.
+        DamageError: The file is no JSON record, has no checksum, or differs from what was written
+            in any byte.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise MissingError(f"there is no record {path}") from None
+    except OSError as error:
+        raise DamageError(f"the record {path} cannot be read: {error.strerror}") from error
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DamageError(f"the record {path} is not JSON; restore it or make it anew") from error
+    if not isinstance(record, dict) or "crc32" not in record:
+        raise DamageError(f"the record {path} has no checksum 'crc32'; make it anew")
+    del record["crc32"]
+    try:
+        intact = _sealed(record) == data
+    except ValueError:
+        intact = False
+    if not intact:
+        raise DamageError(
+            f"the record {path} is not what was written: its content does not match its checksum; "
+            "restore it or make it anew"
+        )
+    return record
