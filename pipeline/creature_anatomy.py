@@ -191,10 +191,12 @@ def anatomy(t: Traits, pose: Pose) -> Iterator[tuple[int, tuple[Cone, ...], floa
     head = limb(neck.x1, neck.y1, pose.neck, 0.4 * t.head, 0.0, 0.0)
     torso = Cone(chest, 0.0, rump, 0.01, t.girth, 0.72 * t.girth)
     yield _LEGS, _leg(t, pose, 0.06, pose.legs[1]), 0.72
-    yield _TAIL, fan(rump, 0.02, pose.tail, t.tail_spread, t.tail + 0.1, (0.04, t.tail_tip)), 1.0
+    tail = fan(rump, 0.02, pose.tail, t.tail_spread, t.tail + 0.1, (0.04, t.tail_tip))
+    yield _TAIL, tail, 1.0
     yield _BODY, (torso, neck), 1.0
     yield _LEGS, _leg(t, pose, -0.06, pose.legs[0]), 1.0
     yield _BEAK, _beak(t, pose, head.x1, head.y1), 1.0
     yield HEAD, _head(t, pose, head.x1, head.y1), 1.0
-    fan = fan(0.3 * t.body, 0.35 * t.girth, pose.wing, pose.wing_fan, t.wing, (0.085, t.wing_tip))
-    yield _WING, fan, 1.0
+    radii = (0.085, t.wing_tip)
+    feathers = fan(0.3 * t.body, 0.35 * t.girth, pose.wing, pose.wing_fan, t.wing, radii)
+    yield _WING, feathers, 1.0

@@ -167,7 +167,8 @@ def cone_distance(x: Plane, y: Plane, cone: Cone) -> Plane:
     px, py = x - np.float32(cone.x0), y - np.float32(cone.y0)
     length = dx * dx + dy * dy
     if length == 0.0:
-        return np.sqrt(px * px + py * py) - np.float32(max(cone.r0, cone.r1))
+        disc = np.sqrt(px * px + py * py) - np.float32(max(cone.r0, cone.r1))
+        return np.asarray(disc, dtype=np.float32)
     along = px * np.float32(dx / length) + py * np.float32(dy / length)
     along = np.minimum(np.maximum(along, np.float32(0)), np.float32(1))
     px = px - along * np.float32(dx)

@@ -47,9 +47,23 @@ from .creature_drawing import (
     direction,
 )
 
+__all__ = [
+    "CLASS_NAMES",
+    "GENERATOR_VERSION",
+    "PART_NAMES",
+    "SPECIES",
+    "SPECIES_NAMES",
+    "SPECIES_SEED",
+    "Creature",
+    "Split",
+    "draw_creature",
+]
+
 Split = Literal["train", "val"]
 
+# Part of every image's seed: raise it with any change to the pictures, and the golden hash with it.
 GENERATOR_VERSION = 1
+SPECIES: int = len(SPECIES_NAMES)
 CLASS_NAMES: tuple[str, ...] = tuple(f"{i:02d}-{name}" for i, name in enumerate(SPECIES_NAMES))
 
 _SPLITS = {"train": 0, "val": 1}
@@ -114,8 +128,8 @@ def _draw_pieces(d: Draws, t: Traits, palette: list[Colour]) -> list[Piece]:
 
 def _draw_placement(d: Draws, pieces: list[Piece], size: int) -> Placement:
     """Turn, flip, scale and a place at which nearly all of the animal is in the frame."""
-    wild = d.chance(0.2)
-    degrees = d.between(-110, 110) if wild else d.between(-35, 35)
+    # One in five lies, dives or looks up: else place alone would tell head and legs too well.
+    degrees = d.between(-110, 110) if d.chance(0.2) else d.between(-35, 35)
     flip, scale = d.chance(0.5), d.between(0.7, 1.02)
     turned = Placement(0.0, 0.0, 1.0, degrees, flip)
     left, top, right, bottom = bounds([turned.place(c) for p in pieces for c in p.cones])
@@ -182,12 +196,11 @@ def _scatter(d: Draws, canvas: Canvas, palette: list[Colour], count: int, size: 
 def _expose(d: Draws, picture: Plane) -> NDArray[np.uint8]:
     """Light from one side, grain, and the step to uint8."""
     size = len(picture)
-    ramp = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(
-        1 / size
-    ) - np.float32(0.5)
     level, across, down = d.between(0.85, 1.2), d.between(-0.5, 0.5), d.between(-0.5, 0.5)
+    strength = d.between(0.02, 0.08)
+    ramp = np.arange(size, dtype=np.float32) * np.float32(1 / size) + np.float32(0.5 / size - 0.5)
     light = np.float32(level) + ramp[:, None] * np.float32(down) + ramp * np.float32(across)
-    grain = (d.plane(size, size) - np.float32(0.5)) * np.float32(d.between(0.02, 0.08))
+    grain = (d.plane(size, size) - np.float32(0.5)) * np.float32(strength)
     lit = picture * light[..., None] + grain[..., None]
     return (np.minimum(np.maximum(lit, 0), 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
 

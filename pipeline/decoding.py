@@ -153,7 +153,7 @@ def _as_bad_image(error: Exception, data: bytes) -> BadImage:
         return BadImage("not-an-image", f"no readable {', '.join(_FORMATS)} header", kind)
     # An index or struct error inside a reader means that it ran past the last byte.
     ran_out = isinstance(error, EOFError | IndexError | struct.error)
-    if ran_out or _TRUNCATION.search(message.lower()):
+    if ran_out or _TRUNCATION.search(message.lower()) or _riff_is_cut_off(data):
         return BadImage("truncated", message or "the data end too early", kind)
     return BadImage("decoder-error", message, kind)
 
@@ -164,6 +164,11 @@ def _declares_no_pixels(data: bytes) -> bool:
         if found is not None:
             return 0 in struct.unpack(layout, found[1])
     return False
+
+
+def _riff_is_cut_off(data: bytes) -> bool:
+    """The WebP decoder does not say why it fails, but its container declares its length."""
+    return data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") > len(data) - 8
 
 
 def _clean(message: str) -> str:

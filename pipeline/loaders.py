@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -161,6 +161,41 @@ class ImageSource:
         raise MissingError(f"not one of the {len(self)} images in {self.plan.root} can be read")
 
 
+class _Crops(NamedTuple):
+    """Random resized crops of a batch, and where each was taken."""
+
+    positions: list[int]
+    pixels: Pixels
+    boxes: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    mirrored: NDArray[np.bool_]
+
+
+def _streams_of(draws: Sequence[Draw], seed: int, purpose: Purpose) -> NDArray[np.uint64]:
+    return streams(seed, purpose, np.array([draw.epoch for draw in draws]), indices(draws))
+
+
+def _cropped(
+    images: ImageSource,
+    draws: Sequence[Draw],
+    seed: int,
+    scale: tuple[float, float],
+    size: tuple[int, int],
+) -> _Crops:
+    """Decode, crop and flip the images of a batch."""
+    found = [images.decoded_or_next(draw.index) for draw in draws]
+    sizes = np.array([image.shape[:2] for _, image in found], dtype=np.int64)
+    crop_streams = _streams_of(draws, seed, Purpose.CROP)
+    boxes = crop_boxes(crop_streams, sizes[:, 0], sizes[:, 1], scale=scale)
+    mirrored = flips(_streams_of(draws, seed, Purpose.FLIP))
+    pixels = [
+        crop_image(image, box, size, bool(flip))
+        for (_, image), box, flip in zip(found, boxes, mirrored, strict=True)
+    ]
+    positions = [position for position, _ in found]
+    return _Crops(positions, np.stack(pixels), boxes, sizes, mirrored)
+
+
 class PretrainingData:
     """Crops of a data set with their masks: what stage 2 trains on.
 
@@ -169,7 +204,8 @@ class PretrainingData:
 
     Args:
         images: The images; rows that a store holds and found good, where there is one.
-        labels: uint8 (N, g_h, g_w), part maps of those images in the same order, or None.
+        labels: Part maps uint8 (M, g_h, g_w), memory-mapped, and the row of each of those images
+            in them, int64 (N,); or None.
         parts: Channels of the maps.
         image_size: (H, W) of a crop, pixels.
         patch_size: p, pixels.
@@ -181,7 +217,7 @@ class PretrainingData:
     def __init__(
         self,
         images: ImageSource,
-        labels: NDArray[np.uint8] | None,
+        labels: tuple[NDArray[np.uint8], NDArray[np.int64]] | None,
         parts: int,
         *,
         image_size: tuple[int, int],
@@ -217,26 +253,12 @@ class PretrainingData:
             ``images`` uint8 (B, H, W, 3), ``mask`` bool (B, L), ``alpha`` float32 (B,),
             ``index`` int64 (B,).
         """
-        found = [self._images.decoded_or_next(draw.index) for draw in draws]
-        index = indices(draws)
-        epoch = np.array([draw.epoch for draw in draws])
-        sizes = np.array([image.shape[:2] for _, image in found], dtype=np.int64)
-
-        def stream(purpose: Purpose) -> NDArray[np.uint64]:
-            return streams(self._seed, purpose, epoch, index)
-
-        boxes = crop_boxes(stream(Purpose.CROP), sizes[:, 0], sizes[:, 1], scale=self._scale)
-        mirrored = flips(stream(Purpose.FLIP))
-        pixels = np.stack(
-            [
-                crop_image(image, box, self._size, bool(flip))
-                for (_, image), box, flip in zip(found, boxes, mirrored, strict=True)
-            ]
-        )
+        crops = _cropped(self._images, draws, self._seed, self._scale, self._size)
         labels = None
         if self._labels is not None:
-            maps = self._labels[np.array([position for position, _ in found])]
-            labels = crop_labels_batch(maps, boxes, sizes, self._grid, mirrored)
+            stored, rows = self._labels
+            maps = stored[rows[crops.positions]]
+            labels = crop_labels_batch(maps, crops.boxes, crops.sizes, self._grid, crops.mirrored)
             labels = labels.reshape(len(draws), -1)
         alpha = alpha_at(
             [draw.progress for draw in draws], self._masks.gamma, self._masks.start, self._masks.end
@@ -246,16 +268,16 @@ class PretrainingData:
                 patches=self._grid[0] * self._grid[1],
                 mask_ratio=self._masks.mask_ratio,
                 alpha=alpha,
-                stream=stream(Purpose.MASK),
+                stream=_streams_of(draws, self._seed, Purpose.MASK),
                 labels=labels,
                 parts=self._parts,
             )
         )
         return {
-            "images": torch.from_numpy(pixels),
+            "images": torch.from_numpy(crops.pixels),
             "mask": torch.from_numpy(mask),
             "alpha": torch.from_numpy(alpha.astype(np.float32)),
-            "index": torch.from_numpy(index),
+            "index": torch.from_numpy(indices(draws)),
         }
 
 
@@ -316,18 +338,9 @@ class AugmentedData:
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         """``images`` uint8 (B, H, W, 3) and ``labels`` int64 (B,) of a batch."""
-        found = [self._images.decoded_or_next(draw.index) for draw in draws]
-        sizes = np.array([image.shape[:2] for _, image in found], dtype=np.int64)
-        epoch, index = np.array([draw.epoch for draw in draws]), indices(draws)
-        crop_stream = streams(self._seed, Purpose.CROP, epoch, index)
-        boxes = crop_boxes(crop_stream, sizes[:, 0], sizes[:, 1], scale=self._scale)
-        mirrored = flips(streams(self._seed, Purpose.FLIP, epoch, index))
-        pixels = [
-            crop_image(image, box, self._size, bool(flip))
-            for (_, image), box, flip in zip(found, boxes, mirrored, strict=True)
-        ]
-        labels = self._images.labels[[position for position, _ in found]]
-        return {"images": torch.from_numpy(np.stack(pixels)), "labels": torch.from_numpy(labels)}
+        crops = _cropped(self._images, draws, self._seed, self._scale, self._size)
+        labels = torch.from_numpy(self._images.labels[crops.positions])
+        return {"images": torch.from_numpy(crops.pixels), "labels": labels}
 
 
 def join_store(plan: Plan, store: PartStore) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

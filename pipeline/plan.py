@@ -114,7 +114,7 @@ class Plan:
 def make_plan(
     root: str,
     *,
-    paths: Sequence[str] | pa.Array | pa.ChunkedArray,
+    paths: Sequence[str] | NDArray[np.object_],
     rows: ArrayLike,
     sizes: ArrayLike,
     labels: ArrayLike,
@@ -138,7 +138,7 @@ def make_plan(
         ValueError: An image is there twice, or a label has no name.
     """
     columns: dict[str, Any] = {
-        "path": paths if isinstance(paths, pa.ChunkedArray) else pa.array(paths, pa.string()),
+        "path": pa.array(paths, pa.string()),
         "row": np.asarray(rows, dtype=np.int64),
         "bytes": np.asarray(sizes, dtype=np.int64),
         "label": np.asarray(labels, dtype=np.int64),

@@ -6,19 +6,18 @@ any of its images in any process.
 
 import os
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from ..errors import DamageError, MissingError, SettingError, UserError
 from .decoding import BadImage
@@ -32,27 +31,24 @@ IMAGE_EXTENSIONS = frozenset(
 )
 
 # Folders and Parquet prefixes of each split; a test split is the validation split of last resort.
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "validation", "valid"),
-    "test": ("test", "testing"),
+_SPLIT_OF = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "validation", "valid"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
-_SPLIT_OF = {name: split for split, names in _SPLIT_NAMES.items() for name in names}
-_PARQUET_PREFIX = re.compile(r"[A-Za-z]+")
 
 _LISTING_THREADS = 8
 _ROWS_A_BATCH = 256
 _READ_AHEAD_BYTES = 1 << 20
 _MOST_CLASSES = 1_000_000
+_CACHED_ROW_GROUPS = 2
 
 
-class _Listed(NamedTuple):
-    """Some images, column by column, before they are sorted."""
+class _Folder(NamedTuple):
+    """A folder still to be listed."""
 
-    paths: list[str]
-    rows: list[int]
-    sizes: list[int]
-    labels: list[int]
+    path: str  # relative to the root, "" for the root itself
+    above: frozenset[tuple[int, int]]  # device and inode of the folders that it lies in
 
 
 def list_images(data: str | Path, split: Split = "all") -> Plan:
@@ -61,10 +57,12 @@ def list_images(data: str | Path, split: Split = "all") -> Plan:
     **Folders.**  Images are the files below ``data`` with one of `IMAGE_EXTENSIONS`, whatever they
     hold; links are followed, names that start with a dot are skipped.  Sub-folders ``train`` (or
     ``training``), ``val`` (``validation``, ``valid``) and ``test`` are splits; the rest of ``data``
-    is listed by "all" only, without labels.  Where all images of a split (or of ``data``, if it has
-    none) lie in sub-folders, those are the classes; labels count the sorted union of the class
-    folders of all splits, so that they agree between splits.  A split with images directly in it
-    has no labels.
+    is listed by "all" only, without labels.  Splits inside ``images`` alone (as ADE20K lies, beside
+    ``annotations``) make ``data/images`` the root.
+
+    Where all images of a split (or of ``data``, if it has none) lie in sub-folders, those are the
+    classes; labels count the sorted union of the class folders of all splits, so that they agree
+    between splits.  A split with images directly in it has no labels.
 
     **Parquet.**  ``data`` is one file, or a folder with files in it or in its ``data`` folder;
     names like ``train-*.parquet`` tell the split.  Column ``image`` is binary or
@@ -78,8 +76,8 @@ def list_images(data: str | Path, split: Split = "all") -> Plan:
             "train" and "all" list everything.
 
     Returns:
-        The plan; its root is the absolute folder, its keys are paths relative to it (``train/a.jpg``
-        whatever the split), with ``#row`` in Parquet.
+        The plan; its root is the absolute folder, its keys are paths relative to it
+        (``train/a.jpg`` whatever the split), with ``#row`` in Parquet.
 
     Raises:
         MissingError: ``data`` or the split is not there, holds no images, or cannot be read.
@@ -108,53 +106,66 @@ def list_images(data: str | Path, split: Split = "all") -> Plan:
     return _list_parquet(place, parquet, split)
 
 
-def _chosen(split: Split, names: list[str], split_of: Callable[[str], str | None]) -> list[str]:
-    """Those of the names that belong to a split; all of them where none belongs to any."""
+def _chosen(
+    place: Path, split: Split, names: list[str], split_of: Callable[[str], str | None]
+) -> list[str]:
+    """Those of the folders or files that belong to a split; all where none belongs to any."""
     splits = {split_of(name) for name in names} - {None}
     if split == "all" or (split == "train" and not splits):
         return names
     wanted = "test" if split == "val" and "val" not in splits else split
-    return [name for name in names if split_of(name) == wanted]
-
-
-def _no_split(place: Path, split: Split, kind: str) -> MissingError:
-    return MissingError(
-        f"{place} has no {split} split ({kind}): give data that has one, or ask for split all"
-    )
+    chosen = [name for name in names if split_of(name) == wanted]
+    if not chosen:
+        raise MissingError(
+            f"{place} has no {split} split: expected a folder {split}/ or files {split}-*.parquet; "
+            "add one, or ask for split all"
+        )
+    return chosen
 
 
 # Folders of image files.
 
 
 def _list_folder(root: Path, split: Split) -> Plan:
-    top = [entry.name for entry in _visible(root) if entry.is_dir()]
-    split_folders = [name for name in top if name.lower() in _SPLIT_OF]
-    chosen = _chosen(split, split_folders, lambda name: _SPLIT_OF[name.lower()])
-    if split == "val" and not chosen:
-        raise _no_split(root, split, "a folder val or validation")
-    classes = {
-        folder: _class_folders(root / folder)
-        for folder in (split_folders if split_folders else [""])
-    }
+    homes = _split_folders(root)
+    if not homes and (root / "images").is_dir() and (homes := _split_folders(root / "images")):
+        root = root / "images"
+    homes = homes or [""]
+    chosen = _chosen(root, split, homes, lambda name: _SPLIT_OF.get(name.lower()))
+    classes = {home: _class_folders(root / home) for home in homes}
     class_names = sorted(set().union(*classes.values()), key=os.fsencode)
-    if split != "all" and split_folders and not chosen:
-        raise _no_split(root, split, "a folder train")
     number = {name: label for label, name in enumerate(class_names)}
-    listed = _Listed([], [], [], [])
-    for start in chosen if split != "all" and split_folders else [""]:
+    paths, sizes, labels = [], [], []
+    for start in [""] if split == "all" else chosen:
         for path, size in _walk(root, start):
-            first, _, rest = path.partition("/")
-            folder, inside = (first, rest) if first in classes else ("", path)
-            name = inside.partition("/")[0]
-            has_class = "/" in inside and name in classes.get(folder, ())
-            listed.paths.append(path)
-            listed.rows.append(-1)
-            listed.sizes.append(size)
-            listed.labels.append(number[name] if has_class else -1)
-    if not listed.paths:
+            paths.append(path)
+            sizes.append(size)
+            labels.append(number.get(_class_of(path, classes), -1))
+    if not paths:
         endings = " ".join(sorted(IMAGE_EXTENSIONS))
         raise MissingError(f"{root} holds no images for split {split}: looked for {endings}")
-    return _plan(root, listed, class_names)
+    try:
+        return make_plan(
+            str(root),
+            paths=paths,
+            rows=np.full(len(paths), -1),
+            sizes=sizes,
+            labels=labels,
+            class_names=class_names,
+        )
+    except UnicodeEncodeError as error:
+        raise SettingError(f"{root} holds a file whose name is not UTF-8: rename it") from error
+
+
+def _split_folders(root: Path) -> list[str]:
+    return [e.name for e in _visible(root) if e.name.lower() in _SPLIT_OF and e.is_dir()]
+
+
+def _class_of(path: str, classes: dict[str, set[str]]) -> str:
+    """Name of the class folder that a file lies in, "" if in none."""
+    home, _, inside = ("", "", path) if "" in classes else path.partition("/")
+    name, below, _ = inside.partition("/")
+    return name if below and name in classes.get(home, ()) else ""
 
 
 def _class_folders(folder: Path) -> set[str]:
@@ -173,31 +184,28 @@ def _walk(root: Path, start: str) -> Iterator[tuple[str, int]]:
 
     Folders are read by several threads: on network file systems the waiting is all the cost.
     """
-    level = [(start, frozenset[tuple[int, int]]())]
+    level = [_Folder(start, frozenset())]
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         while level:
-            below: list[tuple[str, frozenset[tuple[int, int]]]] = []
+            below: list[_Folder] = []
             for images, folders in pool.map(partial(_scan, root), level):
                 yield from images
                 below += folders
             level = below
 
 
-def _scan(
-    root: Path, folder: tuple[str, frozenset[tuple[int, int]]]
-) -> tuple[list[tuple[str, int]], list[tuple[str, frozenset[tuple[int, int]]]]]:
-    """Images and sub-folders of one folder; ``folder`` is its path and the folders it lies in."""
-    path, parents = folder
-    place = root / path
+def _scan(root: Path, folder: _Folder) -> tuple[list[tuple[str, int]], list[_Folder]]:
+    """The images (path, size) and the sub-folders of one folder."""
+    place = root / folder.path
     status = place.stat()
     here = (status.st_dev, status.st_ino)
-    if here in parents:  # a link to a folder above would go round for ever
+    if here in folder.above:  # a link to a folder above would go round for ever
         return [], []
-    prefix = f"{path}/" if path else ""
+    prefix = f"{folder.path}/" if folder.path else ""
     images, folders = [], []
     for entry in _visible(place):
         if entry.is_dir():
-            folders.append((prefix + entry.name, parents | {here}))
+            folders.append(_Folder(prefix + entry.name, folder.above | {here}))
         elif _is_image(entry):
             images.append((prefix + entry.name, _size(entry)))
     return images, folders
@@ -208,12 +216,14 @@ def _visible(folder: Path) -> Iterator[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             yield from (entry for entry in entries if not entry.name.startswith("."))
     except OSError as error:
-        raise MissingError(f"the folder {folder} cannot be listed: {error.strerror}") from error
+        raise MissingError(
+            f"the folder {folder} cannot be listed ({error.strerror}): make it readable"
+        ) from error
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
     """Whether a name that is no folder counts; a link to nowhere does, and is found bad later."""
-    if os.path.splitext(entry.name)[1].lower() not in IMAGE_EXTENSIONS:
+    if Path(entry.name).suffix.lower() not in IMAGE_EXTENSIONS:
         return False
     return entry.is_file() or entry.is_symlink()
 
@@ -225,18 +235,227 @@ def _size(entry: os.DirEntry[str]) -> int:
         return 0
 
 
-def _plan(root: Path, listed: _Listed, class_names: list[str]) -> Plan:
-    try:
-        return make_plan(
-            str(root),
-            paths=listed.paths,
-            rows=listed.rows,
-            sizes=listed.sizes,
-            labels=listed.labels,
-            class_names=class_names,
-        )
-    except UnicodeEncodeError as error:
-        raise SettingError(f"{root} holds a file name that is not UTF-8: rename it") from error
-
-
 # Parquet files.
+
+
+def _parquet_files(root: Path) -> list[str]:
+    """The Parquet files of a folder and of its ``data`` folder, relative to it, sorted."""
+    folders = {"": root, "data/": root / "data"}
+    return sorted(
+        prefix + entry.name
+        for prefix, folder in folders.items()
+        if folder.is_dir()
+        for entry in _visible(folder)
+        if entry.name.lower().endswith(".parquet") and not entry.is_dir()
+    )
+
+
+def _parquet_split(path: str) -> str | None:
+    word = re.match(r"[a-z]*", path.rpartition("/")[2].lower())
+    return _SPLIT_OF.get(word[0]) if word else None
+
+
+def _list_parquet(root: Path, files: list[str], split: Split) -> Plan:
+    chosen = _chosen(root, split, files, _parquet_split)
+    others = [path for path in files if path not in chosen]
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        listed = list(pool.map(lambda path: _sizes_and_labels(root / path), chosen))
+        # Labels of the other splits count too: class names must be those of every split.
+        labels = [*(part[1] for part in listed), *pool.map(lambda p: _labels(root / p), others)]
+    counts = [len(sizes) for sizes, _ in listed]
+    if sum(counts) == 0:
+        raise MissingError(f"{root} holds no images for split {split}: its Parquet files are empty")
+    most = max(int(part.max(initial=-1)) for part in labels)
+    return make_plan(
+        str(root),
+        paths=np.repeat(np.array(chosen, dtype=object), counts),
+        rows=np.concatenate([np.arange(count) for count in counts]),
+        sizes=np.concatenate([sizes for sizes, _ in listed]),
+        labels=np.concatenate([part for _, part in listed]),
+        class_names=_named_classes(root, files, most + 1),
+    )
+
+
+def _named_classes(root: Path, files: list[str], count: int) -> list[str]:
+    """Names from a ``classes.txt`` beside the files if it names them all, else the numbers."""
+    for folder in sorted({(root / path).parent for path in files}):
+        if count and (folder / "classes.txt").is_file():
+            text = (folder / "classes.txt").read_text(encoding="utf-8", errors="replace")
+            names = [line.partition("\t")[2].strip() for line in text.splitlines() if line.strip()]
+            if all(names) and len(names) >= count:
+                return names
+    return [str(label) for label in range(count)]
+
+
+def _sizes_and_labels(place: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Bytes of each encoded image, and labels, of one file: both int64 of shape (rows,)."""
+    with _opened(place) as file:
+        sizes = [np.zeros(0, np.int64)]
+        for batch in file.iter_batches(_ROWS_A_BATCH, columns=[_image_column(file, place)]):
+            lengths = pc.fill_null(pc.binary_length(_encoded(batch["image"])), 0)
+            sizes.append(lengths.cast(pa.int64()).to_numpy(zero_copy_only=False))
+    return np.concatenate(sizes), _labels(place)
+
+
+def _labels(place: Path) -> NDArray[np.int64]:
+    """Labels of one file, int64 of shape (rows,); -1 where there is none."""
+    with _opened(place) as file:
+        if "label" not in file.schema_arrow.names:
+            return np.full(file.metadata.num_rows, -1, dtype=np.int64)
+        column = file.read(columns=["label"], use_threads=False)["label"]
+    if not pa.types.is_integer(column.type):
+        raise SettingError(f"column label of {place} is {column.type}: expected integers")
+    labels = pc.fill_null(column.cast(pa.int64()), -1).to_numpy()
+    if labels.min(initial=-1) < -1 or labels.max(initial=-1) >= _MOST_CLASSES:
+        raise SettingError(
+            f"column label of {place} runs from {labels.min()} to {labels.max()}: expected class "
+            f"numbers from 0, or -1 for none, below {_MOST_CLASSES}"
+        )
+    return np.asarray(labels)
+
+
+@contextmanager
+def _opened(place: Path) -> Iterator[pq.ParquetFile]:
+    """A Parquet file whose page checksums are verified; what goes wrong in it names the file."""
+    try:
+        with pq.ParquetFile(
+            place, pre_buffer=False, buffer_size=_READ_AHEAD_BYTES, page_checksum_verification=True
+        ) as file:
+            yield file
+    except UserError:
+        raise
+    except (FileNotFoundError, PermissionError) as error:
+        raise MissingError(
+            f"{place} cannot be opened: {error.strerror or 'no such file'}"
+        ) from error
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DamageError(
+            f"{place} is not a sound Parquet file: fetch or write it again ({reason})"
+        ) from error
+
+
+def _image_column(file: pq.ParquetFile, place: Path) -> str:
+    """What to ask the file for: the encoded bytes alone."""
+    schema = file.schema_arrow
+    kind = schema.field("image").type if "image" in schema.names else pa.null()
+    if _is_binary(kind):
+        return "image"
+    fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
+    if "bytes" in fields and _is_binary(fields["bytes"]):
+        return "image.bytes"
+    raise SettingError(
+        f"{place} needs a column image, binary or struct<bytes: binary, path: string>; "
+        f"its columns are {', '.join(f'{field.name}: {field.type}' for field in schema)}"
+    )
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _encoded(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """The encoded bytes of an image column; null where the image or its bytes are."""
+    return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+
+
+class ImageReader:
+    """Encoded bytes of the images of a plan.
+
+    No file stays open, so a reader works in forked processes; pickled, it takes the plan alone
+    along.  Parquet images whose sum is within the limit are loaded file by file on first use and
+    kept; call `warm` before forking, and all workers share them.  Larger sets are read a row group
+    at a time with the last two kept: quick in plan order, slow in random order (a whole row group
+    an image), for which an image cache is made.
+
+    Args:
+        plan: What to read.
+        in_memory_limit: Bytes of encoded images up to which Parquet is kept in memory.
+    """
+
+    def __init__(self, plan: Plan, in_memory_limit: int = 2 << 30) -> None:
+        self.plan = plan
+        self._limit = in_memory_limit
+        self._paths = plan.table["path"].combine_chunks()
+        self._rows = plan.table["row"].to_numpy()
+        self._in_memory = int(plan.sizes[self._rows >= 0].sum()) <= in_memory_limit
+        # These caches hold no lock while they load, so a fork finds none taken.
+        self._whole = lru_cache(maxsize=None)(self._load_file)
+        self._group_starts = lru_cache(maxsize=None)(self._load_group_starts)
+        self._group = lru_cache(maxsize=_CACHED_ROW_GROUPS)(self._load_group)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __reduce__(self) -> tuple[type["ImageReader"], tuple[Plan, int]]:
+        return ImageReader, (self.plan, self._limit)
+
+    def warm(self) -> None:
+        """Load all Parquet images that fit the limit; does nothing for plain files.
+
+        Raises:
+            MissingError: A Parquet file is gone.
+            DamageError: A Parquet file is damaged.
+        """
+        if self._in_memory:
+            for path in pc.unique(self._paths.filter(pa.array(self._rows >= 0))).to_pylist():
+                self._whole(path)
+
+    def read(self, index: int) -> bytes:
+        """The encoded image at a position of the plan; empty where Parquet holds null.
+
+        Args:
+            index: Position, 0 to ``len(self) - 1``.
+
+        Raises:
+            IndexError: There is no such position.
+            BadImage: The image's own file cannot be read (code ``unreadable``).
+            MissingError: Its Parquet file is gone.
+            DamageError: Its Parquet file is damaged, or has fewer rows than when it was listed.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of a plan of {len(self)} images")
+        path, row = self._paths[index].as_py(), int(self._rows[index])
+        if row < 0:
+            return self._read_plain(path)
+        if self._in_memory:
+            column = self._whole(path)
+        else:
+            starts = self._group_starts(path)
+            group = int(np.searchsorted(starts, row, side="right")) - 1
+            row -= int(starts[group])
+            column = self._group(path, min(group, len(starts) - 2))
+        if row >= len(column):
+            raise DamageError(
+                f"{self._place(path)} has fewer rows than when it was listed: list the data again"
+            )
+        data: bytes | None = column[row].as_py()
+        return data or b""
+
+    def _place(self, path: str) -> Path:
+        return Path(self.plan.root, path)
+
+    def _read_plain(self, path: str) -> bytes:
+        try:
+            return self._place(path).read_bytes()
+        except OSError as error:
+            reason = error.strerror or "the file cannot be read"
+            raise BadImage("unreadable", reason, type(error).__name__) from error
+
+    def _load_file(self, path: str) -> pa.ChunkedArray:
+        with _opened(self._place(path)) as file:
+            columns = [_image_column(file, self._place(path))]
+            return _encoded(file.read(columns=columns, use_threads=False)["image"])
+
+    def _load_group_starts(self, path: str) -> NDArray[np.int64]:
+        """First row of each row group, then the number of rows."""
+        with _opened(self._place(path)) as file:
+            groups = range(file.num_row_groups)
+            counts = [file.metadata.row_group(group).num_rows for group in groups]
+        return np.cumsum([0, *counts])
+
+    def _load_group(self, path: str, group: int) -> pa.ChunkedArray:
+        with _opened(self._place(path)) as file:
+            columns = [_image_column(file, self._place(path))]
+            table = file.read_row_group(group, columns=columns, use_threads=False)
+            return _encoded(table["image"])

@@ -96,8 +96,8 @@ def _settle(options: MakeCreaturesOptions) -> None:
         if differing:
             key = differing[0]
             raise SettingError(
-                f"make-creatures: {options.output} was made with {key} = {found.get(key)!r}, now "
-                f"{key} = {wanted.get(key)!r} is asked for; use the same settings or another folder."
+                f"make-creatures: {options.output} was made with {key} = {found.get(key)!r}, not "
+                f"{wanted.get(key)!r}; give the same settings or name another folder."
             )
         for stray in options.output.glob("*/*/*/.*.tmp"):
             stray.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """The part store: which part each patch of each image belongs to, with what is needed to trust it.
 
-    plan.json                   identity of the store and checksums of its set-up; written last of it
+    plan.json                   identity, and checksums of the set-up; written last of the set-up
     plan/part-*.parquet         one row an image in index order
     parts.zarr/labels           (N, rows, columns) uint8
     parts.zarr/class_attention  optional (N, H, rows, columns) float16
@@ -23,6 +23,7 @@ Legend: N images, K rows of a shard, H attention heads, P parts.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import stat
@@ -175,9 +176,8 @@ class StoreIdentity:
 
     def to_record(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        record = asdict(self)
-        record.update(grid=list(self.grid), image_size=list(self.image_size))
-        record["preprocessing"] = dict(self.preprocessing)
+        # Through JSON, so that a fresh record and one read back are equal: tuples become lists.
+        record: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return record
 
     @classmethod
@@ -599,7 +599,8 @@ def complete_store(path: Path) -> dict[str, Any]:
         totals = {name: count + commit[name] for name, count in totals.items()}
         commits[f"{shard:05d}"] = file_crc32(_commit_path(path, shard))
     if faults:
-        uncommit(path, ())
+        with contextlib.suppress(UserError):
+            uncommit(path, ())
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise DamageError(
             f"the part store {path} is not complete: {'; '.join(faults[:8])}{more}; {_WAY_OUT}, "

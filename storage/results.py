@@ -61,7 +61,7 @@ def _checked(record: Mapping[str, Any]) -> dict[str, Any]:
         raise SettingError(f"kind of a result must be one of {KINDS}, not {record['kind']!r}")
     metrics: dict[str, float | None] = {}
     for name, value in record["metrics"].items():
-        if not isinstance(value, Real) or isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise SettingError(f"metric {name!r} must be a number, not {type(value).__name__}")
         # JSON has no word for NaN; a figure that came to nothing must not lose the other ones.
         metrics[str(name)] = float(value) if math.isfinite(value) else None

@@ -2,7 +2,8 @@
 
 Pure functions on integer arrays.  N counts images, L patches of an image, h x w the patch grid.
 Scores are percent as plain floats, 100 the best agreement; the Rand index, being corrected for
-chance, may fall below 0.  The foreground versions (``fg_``) count only patches whose true label is not background.
+chance, may fall below 0.  The foreground versions (``fg_``) count only patches whose true label is
+not background.
 """
 
 from __future__ import annotations

@@ -1,0 +1,347 @@
+"""`semmae stage1 learn-parts`: learn parts on a frozen encoder (paper, section 3.1)."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import SettingError
+from ..models.encoders import FrozenEncoder, Tokens
+from ..models.parts import (
+    PartArchitecture,
+    PartLearner,
+    diversity,
+    part_labels,
+    rebuilt_features,
+)
+from ..models.vision import normalise
+from ..pipeline.loaders import ImageSource, SquashedData, batches_in_order
+from ..pipeline.progress import Progress
+from ..pipeline.sources import Split, list_images
+from ..pipeline.training import Batch, Draw, Run, Task, TrainingOptions, choose_device, fit, require
+from ..storage.checkpoints import checkpoints, load_checkpoint
+from .networks import ENCODER_FILE, image_size_of, open_encoder, save_encoder
+from .pictures import colours_of, overlay, pairs_sheet, save_picture
+
+TOKENS_FOR_CLUSTERS = 60_000
+"""Patch tokens that the k-means starts are made from, at most."""
+
+OBJECT_SHARE = (0.1, 0.6)
+"""Least and largest share of patches that a background vote may call object; outside it the vote
+found something else, and parts are learned without it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnPartsOptions(TrainingOptions):
+    """Settings of `learn_parts`."""
+
+    data: Annotated[str, "Images: a folder, or Parquet."]
+    encoder: Annotated[str, "Frozen encoder: timm:<name>, a weight file, or the folder of a run."]
+    split: Annotated[Split, "Which images of the data."] = "train"
+    image_size: Annotated[int, "Pixels that images are squashed to; 0: the encoder's own."] = 0
+    parts: Annotated[int, "Parts, the background not counted."] = 6
+    variant: Annotated[
+        Literal["anchored", "paper"],
+        "anchored: ids keep one meaning; paper: queries from the class token, pixels rebuilt.",
+    ] = "anchored"
+    background: Annotated[
+        Literal["auto", "voted", "token", "none"],
+        "How the background is set apart; auto: voted if anchored, a part token if paper.",
+    ] = "auto"
+    clusters: Annotated[int, "Clusters of patch tokens that vote for the background."] = 24
+    class_share: Annotated[float, "Weight of the class-token term in anchored part tokens."] = 0.2
+    temperature: Annotated[float, "Of the softmax over parts."] = 0.1
+    blur: Annotated[float, "Standard deviation of the blur of the maps, patches."] = 0.7
+    diversity_weight: Annotated[float, "Of the diversity constraint."] = 0.1
+    feature_weight: Annotated[
+        float | None, "Of rebuilding the encoder's features; default 1 if anchored, 0 if paper."
+    ] = None
+    pixel_weight: Annotated[
+        float | None,
+        "Of rebuilding pixels by the AdaIN decoder; default 0 if anchored, 1 if paper.",
+    ] = None
+    decoder_width: Annotated[int, "Channels of the pixel decoder's first layer."] = 64
+    decoder_noise: Annotated[bool, "Per-layer noise in the pixel decoder."] = False
+    sample_images: Annotated[int, "Images that statistics and k-means starts come from."] = 2000
+    epochs: Annotated[int, "Passes over the data."] = 5
+    batch_size: Annotated[int, "Images an optimiser step."] = 64
+    base_learning_rate: Annotated[float, "Peak learning rate for 256 images a step."] = 4e-3
+    weight_decay: Annotated[float, "AdamW's weight decay."] = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        super().__post_init__()
+        for name in ("clusters", "sample_images", "decoder_width"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.image_size >= 0, "image_size", self.image_size, "0 or more")
+        if self.weights == (0.0, 0.0):
+            raise SettingError(
+                "--feature-weight and --pixel-weight are both 0: nothing would be rebuilt"
+            )
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Weights of the feature and the pixel reconstruction."""
+        default = (1.0, 0.0) if self.variant == "anchored" else (0.0, 1.0)
+        given = (self.feature_weight, self.pixel_weight)
+        return tuple(d if g is None else g for g, d in zip(given, default, strict=True))  # type: ignore[return-value]
+
+    @property
+    def background_kind(self) -> Literal["voted", "token", "none"]:
+        """How the background is set apart."""
+        if self.background == "auto":
+            return "voted" if self.variant == "anchored" else "token"
+        return self.background
+
+
+class PartLearning(Task):
+    """Learning parts, as the trainer sees it."""
+
+    kind = "parts"
+
+    def __init__(
+        self,
+        encoder: FrozenEncoder,
+        learner: PartLearner,
+        data: SquashedData,
+        options: LearnPartsOptions,
+        image_size: tuple[int, int],
+    ) -> None:
+        self.encoder, self.model, self.data = encoder, learner, data
+        self._learner, self._options, self._size = learner, options, image_size
+        self._grid = tuple(side // encoder.patch_size for side in image_size)
+        self.architecture = {**learner.architecture.to_record(), "image_size": list(image_size)}
+        self._examples = _first_images(data, 16)
+
+    def place(self, device: torch.device) -> None:
+        """Move learner and encoder."""
+        self.encoder.to(device)
+        self.model.to(device)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstruction and diversity of a batch of whole images."""
+        images = batch["images"]
+        tokens = self.encoder(images)
+        patches, style = self._learner.standardise(tokens)
+        maps = self._learner.maps(patches, style, self._grid)  # type: ignore[arg-type]
+        flat = maps.flatten(2).float()
+        terms = {"diversity": diversity(flat).mean()}
+        total = self._options.diversity_weight * terms["diversity"]
+        for weight, name in zip(self._options.weights, ("features", "pixels"), strict=True):
+            if weight:
+                terms[name] = self._rebuilding(name, images, maps, flat, patches, style)
+                total = total + weight * terms[name]
+        return total, {name: term.detach() for name, term in terms.items()}
+
+    def _rebuilding(
+        self, name: str, images: Tensor, maps: Tensor, flat: Tensor, patches: Tensor, style: Tensor
+    ) -> Tensor:
+        if name == "features":
+            return F.mse_loss(rebuilt_features(flat, patches), patches)
+        assert self._learner.decoder is not None
+        rebuilt = self._learner.decoder(maps, style).float()
+        target = normalise(images, self.encoder.mean, self.encoder.std)
+        return F.mse_loss(rebuilt, F.adaptive_avg_pool2d(target, rebuilt.shape[2:]))
+
+    @torch.no_grad()
+    def finish_epoch(self, epoch: int, run: Run) -> dict[str, float]:
+        """Draw parts of a few images and watch for parts that die."""
+        images = self._examples.to(next(self.model.parameters()).device)
+        tokens = self.encoder(images)
+        maps = self._learner(tokens, self._grid)
+        labels, margin = part_labels(maps)
+        shares = np.bincount(labels.cpu().numpy().ravel(), minlength=maps.shape[1]) / labels.numel()
+        picture = self._picture(images, labels, tokens, maps)
+        run.picture("parts", picture)
+        save_picture(run.folder / "pictures" / f"parts-epoch-{epoch:04d}.png", picture)
+        dead = [str(part) for part, share in enumerate(shares) if share == 0]
+        if dead:
+            print(
+                f"parts {', '.join(dead)} own no patch of {len(images)} images after epoch "
+                f"{epoch}: try fewer --parts, or another --seed",
+                file=sys.stderr,
+            )
+        return {"confidence": float(margin.mean()), "smallest_part": float(shares.min())}
+
+    def _picture(
+        self, images: Tensor, labels: Tensor, tokens: Tokens, maps: Tensor
+    ) -> NDArray[np.uint8]:
+        shape = self._learner.architecture
+        colours = colours_of(shape.channels, None if shape.background == "none" else 0)
+        pixels, ids = images.cpu().numpy(), labels.cpu().numpy()
+        overlays = [overlay(image, part, colours) for image, part in zip(pixels, ids, strict=True)]
+        rebuilt = []
+        if self._learner.decoder is not None:
+            made = self._learner.decoder(maps, self._learner.standardise(tokens)[1]).float()
+            made = made * self.encoder.std.view(3, 1, 1) + self.encoder.mean.view(3, 1, 1)
+            made = (made.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+            rebuilt = [list(made.cpu().numpy())]
+        return pairs_sheet(list(pixels), overlays, 8, 112, *rebuilt)
+
+
+def _first_images(data: SquashedData, count: int) -> Tensor:
+    draws = [Draw(index, 0, 0.0) for index in range(min(count, len(data)))]
+    return data.__getitems__(draws)["images"]
+
+
+@torch.no_grad()
+def sample_tokens(
+    encoder: FrozenEncoder, images: ImageSource, size: tuple[int, int], count: int, seed: int
+) -> Tokens:
+    """Tokens of some images, drawn without replacement, on the CPU in float32."""
+    chosen = np.random.default_rng(seed).permutation(len(images))[:count]
+    made: list[Tokens] = []
+    device = encoder.mean.device
+    with Progress("reading tokens", len(chosen), "image") as progress:
+        for _, pixels in batches_in_order(images, size, 64, "squash", np.sort(chosen)):
+            tokens = encoder(torch.from_numpy(pixels).to(device))
+            made.append(
+                Tokens(
+                    tokens.class_token.float().cpu(),
+                    tokens.patches.float().cpu(),
+                    tokens.attention.float().cpu(),
+                )
+            )
+            progress.update(len(pixels))
+    if not made:
+        raise SettingError(
+            f"not one image of {images.plan.root} can be read: nothing to learn from"
+        )
+    return Tokens(
+        torch.cat([tokens.class_token for tokens in made]),
+        torch.cat([tokens.patches for tokens in made]),
+        torch.cat([tokens.attention for tokens in made]),
+    )
+
+
+def vote_for_objects(
+    assigned: NDArray[np.int64],
+    attention: NDArray[np.float32],
+    grid: tuple[int, int],
+    clusters: int,
+) -> NDArray[np.bool_]:
+    """Which clusters of patch tokens are object, without labels.
+
+    Ours.  A cluster is object if the class token attends to it more than to the average patch by
+    more than it lies on the border of the image more than the average patch does.
+
+    Args:
+        assigned: Cluster of each patch, (B, L).
+        attention: The class token's attention to each patch, mean over heads, (B, L).
+        grid: (h, w).
+        clusters: C.
+
+    Returns:
+        bool (C,).
+    """
+    rows, columns = np.divmod(np.arange(assigned.shape[1]), grid[1])
+    border = (rows == 0) | (rows == grid[0] - 1) | (columns == 0) | (columns == grid[1] - 1)
+    relative = attention / attention.mean(axis=1, keepdims=True)
+    counts = np.maximum(np.bincount(assigned.ravel(), minlength=clusters), 1)
+    attended = np.bincount(assigned.ravel(), relative.ravel(), clusters) / counts
+    at_border = np.broadcast_to(border, assigned.shape).ravel()
+    bordering = np.bincount(assigned.ravel(), at_border, clusters) / counts / border.mean()
+    return np.asarray(attended > bordering)
+
+
+def started_learner(
+    tokens: Tokens, grid: tuple[int, int], options: LearnPartsOptions
+) -> PartLearner:
+    """A learner at its start: token statistics, background vote, anchors from k-means.
+
+    Args:
+        tokens: Of a sample of the data.
+        grid: (h, w).
+        options: The learner's settings.
+    """
+    patches, width = tokens.patches, tokens.patches.shape[2]
+    flat = patches.reshape(-1, width)
+    mean, std = flat.mean(0), flat.std(0) + 1e-6
+    standard = ((patches - mean) / std).numpy()
+    background = options.background_kind
+    if background == "voted":
+        kmeans = _cluster(standard.reshape(-1, width), options.clusters, options.seed)
+        assigned = kmeans.predict(standard.reshape(-1, width)).reshape(patches.shape[:2])
+        attention = tokens.attention.mean(dim=1).numpy()
+        objects = vote_for_objects(assigned.astype(np.int64), attention, grid, options.clusters)
+        is_object = objects[assigned]
+        share = float(is_object.mean())
+        if not OBJECT_SHARE[0] <= share <= OBJECT_SHARE[1]:
+            print(
+                f"the background vote calls {share:.0%} of the patches object, outside "
+                f"{OBJECT_SHARE[0]:.0%} to {OBJECT_SHARE[1]:.0%}: learning without a background",
+                file=sys.stderr,
+            )
+            background = "none"
+    architecture = PartArchitecture(
+        width=width,
+        parts=options.parts,
+        variant=options.variant,
+        background=background,
+        clusters=options.clusters,
+        class_share=options.class_share,
+        temperature=options.temperature,
+        blur=options.blur,
+        pixel_decoder=options.weights[1] > 0,
+        decoder_width=options.decoder_width,
+        decoder_noise=options.decoder_noise,
+    )
+    torch.manual_seed(options.seed)
+    learner = PartLearner(architecture)
+    learner.token_mean.copy_(mean)
+    learner.token_std.copy_(std)
+    learner.class_mean.copy_(tokens.class_token.mean(0))
+    learner.class_std.copy_(tokens.class_token.std(0, correction=0) + 1e-6)
+    of_parts = standard.reshape(-1, width)
+    if background == "voted":
+        learner.centres.copy_(torch.from_numpy(kmeans.cluster_centers_))
+        learner.is_object.copy_(torch.from_numpy(objects.astype(np.float32)))
+        of_parts = standard[is_object]
+    if options.variant == "anchored":
+        centres = _cluster(of_parts, architecture.tokens, options.seed).cluster_centers_
+        learner.anchors.data.copy_(torch.from_numpy(centres))
+    return learner
+
+
+def _cluster(tokens: NDArray[np.float32], clusters: int, seed: int) -> KMeans:
+    """k-means with three starts, on at most `TOKENS_FOR_CLUSTERS` tokens."""
+    chosen = np.random.default_rng(seed).permutation(len(tokens))[:TOKENS_FOR_CLUSTERS]
+    if len(chosen) < clusters:
+        raise SettingError(
+            f"{len(chosen)} patches cannot make {clusters} clusters: expected more images, "
+            "or fewer --parts and --clusters"
+        )
+    return KMeans(clusters, n_init=3, random_state=seed).fit(tokens[np.sort(chosen)])
+
+
+def learn_parts(options: LearnPartsOptions) -> Path:
+    """Learn parts, or go on where an earlier call was interrupted.
+
+    Args:
+        options: The settings.
+
+    Returns:
+        The last checkpoint.  The output folder is what ``--learner`` takes.
+    """
+    images = ImageSource(list_images(options.data, options.split))
+    encoder = open_encoder(options.encoder)
+    size = image_size_of(options.image_size, encoder.native_size, encoder.patch_size)
+    found = checkpoints(options.output)
+    if found:
+        record = dict(load_checkpoint(found[-1][1]).get("architecture", {}))
+        record.pop("image_size", None)
+        learner = PartLearner(PartArchitecture(**record))
+    else:
+        encoder.to(choose_device(options.device))
+        tokens = sample_tokens(encoder, images, size, options.sample_images, options.seed)
+        grid = (size[0] // encoder.patch_size, size[1] // encoder.patch_size)
+        learner = started_learner(tokens, grid, options)
+        save_encoder(encoder, options.output / ENCODER_FILE)
+    return fit(PartLearning(encoder, learner, SquashedData(images, size), options, size), options)

@@ -1,0 +1,161 @@
+"""Networks from what users name: ``--encoder``, ``--checkpoint``, ``--learner``."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from ..errors import MissingError, SettingError
+from ..models.autoencoder import Architecture, MaskedAutoencoder
+from ..models.encoders import FrozenEncoder, build_encoder, timm_encoder
+from ..models.parts import PartArchitecture, PartLearner
+from ..storage.checkpoints import file_hash, load_checkpoint, resolve_checkpoint
+from ..storage.files import atomic_file
+
+ENCODER_FILE = "encoder.safetensors"
+"""The frozen encoder in the folder of a part learner, so that the folder is all one needs."""
+
+
+def open_encoder(named: str) -> FrozenEncoder:
+    """The encoder of ``--encoder`` or ``--checkpoint``.
+
+    Args:
+        named: ``timm:<name>``, a weight file, or the folder of a run.
+
+    Raises:
+        SettingError: timm has no such network, or the file holds no vision transformer.
+        MissingError: There is no such file, or timm's weights cannot be had.
+        DamageError: The file cannot be read.
+    """
+    if named.startswith("timm:"):
+        return timm_encoder(named.removeprefix("timm:"))
+    if not Path(named).exists():
+        raise MissingError(
+            f"no encoder at {named}: expected timm:<name>, a weight file or the folder of a run"
+        )
+    path = resolve_checkpoint(Path(named))
+    return _encoder_of(load_checkpoint(path), str(path))
+
+
+def _encoder_of(state: dict[str, Any], name: str) -> FrozenEncoder:
+    if state.get("kind") == "parts":
+        raise SettingError(
+            f"{name} is a part learner: expected an encoder, such as the run it was learned on"
+        )
+    if isinstance(state.get("architecture"), str):  # the metadata of a safetensors file
+        state = {**state, "architecture": json.loads(state["architecture"])}
+    if "timm" in state:
+        encoder = timm_encoder(state["timm"], pretrained=False)
+        encoder.transformer.load_state_dict(state["model"])
+        encoder.name = name
+        return encoder
+    return build_encoder(state, name)
+
+
+def save_encoder(encoder: FrozenEncoder, path: Path) -> None:
+    """Write an encoder so that `open_encoder` gives the same one back."""
+    architecture = {"heads": encoder.heads, "image_size": encoder.native_size}
+    metadata = {"architecture": json.dumps(architecture), "name": encoder.name}
+    if encoder.name.startswith("timm:"):
+        metadata["timm"] = encoder.name.removeprefix("timm:")
+    tensors = {name: t.contiguous() for name, t in encoder.transformer.state_dict().items()}
+    with atomic_file(path) as partial:
+        save_file(tensors, str(partial), metadata)
+
+
+def checkpoint_hash(named: str) -> str:
+    """SHA-256 of what `open_encoder` would read; of the weights themselves for timm's."""
+    if named.startswith("timm:"):
+        digest = hashlib.sha256()
+        for tensor in open_encoder(named).transformer.state_dict().values():
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+    return file_hash(resolve_checkpoint(Path(named)))
+
+
+@dataclass(frozen=True)
+class TrainedLearner:
+    """A part learner ready to extract with.
+
+    Attributes:
+        encoder: The frozen encoder it was learned on.
+        learner: The part learner, in evaluation mode.
+        image_size: Pixels down and across that images are squashed to.
+        hash: SHA-256 over both weight files.
+    """
+
+    encoder: FrozenEncoder
+    learner: PartLearner
+    image_size: tuple[int, int]
+    hash: str
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Places of a part map, down and across."""
+        patch = self.encoder.patch_size
+        return self.image_size[0] // patch, self.image_size[1] // patch
+
+
+def open_learner(folder: Path) -> TrainedLearner:
+    """The part learner in the folder of a ``learn-parts`` run.
+
+    Raises:
+        MissingError: There is no such folder, or it holds no part learner.
+        SettingError: It holds another kind of run.
+    """
+    path = resolve_checkpoint(folder)
+    state = load_checkpoint(path)
+    if state.get("kind") != "parts":
+        raise SettingError(
+            f"{folder} holds a run of kind {state.get('kind')!r}: expected a part learner, "
+            "the --output of `semmae stage1 learn-parts`"
+        )
+    encoder_path = path.parent.parent / ENCODER_FILE
+    encoder = _encoder_of(load_checkpoint(encoder_path), str(encoder_path))
+    record = dict(state["architecture"])
+    height, width = record.pop("image_size")
+    learner = PartLearner(PartArchitecture(**record)).eval()
+    learner.load_state_dict(state["model"])
+    learner.requires_grad_(False)
+    return TrainedLearner(
+        encoder, learner, (height, width), f"{file_hash(path)}{file_hash(encoder_path)}"
+    )
+
+
+def open_autoencoder(run: Path) -> MaskedAutoencoder:
+    """The masked autoencoder in the folder of a pretraining run, in evaluation mode.
+
+    Raises:
+        MissingError: There is no such folder, or it holds no checkpoint.
+        SettingError: It holds another kind of run.
+    """
+    state = load_checkpoint(resolve_checkpoint(run))
+    if state.get("kind") != "pretraining":
+        raise SettingError(
+            f"{run} holds {state.get('kind', 'weights of others')!r}: expected the --output of "
+            "`semmae stage2 pretrain`"
+        )
+    record = dict(state["architecture"])
+    model = MaskedAutoencoder(
+        Architecture.from_record(record), bool(state["options"]["normalise_target"])
+    )
+    model.load_state_dict(state["model"])
+    return model.eval().requires_grad_(False)
+
+
+def image_size_of(option: int, encoder_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """The size images are brought to: the option's square, or the encoder's own size for 0.
+
+    Raises:
+        SettingError: It is no multiple of the patch size.
+    """
+    size = (option, option) if option else encoder_size
+    if size[0] % patch_size or size[1] % patch_size:
+        raise SettingError(
+            f"--image-size is {size[0]} x {size[1]}: expected multiples of the encoder's patch "
+            f"size {patch_size}"
+        )
+    return size

@@ -1,0 +1,118 @@
+"""Pictures: part overlays, masks along the schedule, reconstructions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..pipeline.crops import squash
+from ..storage.files import atomic_file
+
+Pixels = NDArray[np.uint8]
+
+BACKGROUND_COLOUR = (40, 40, 40)
+PART_COLOURS = (
+    (230, 60, 60),
+    (60, 180, 75),
+    (65, 105, 225),
+    (255, 210, 40),
+    (210, 70, 220),
+    (70, 220, 230),
+    (245, 130, 48),
+    (170, 110, 40),
+    (145, 255, 120),
+    (250, 190, 212),
+    (0, 128, 128),
+    (220, 190, 255),
+    (128, 0, 0),
+    (128, 128, 0),
+    (0, 0, 128),
+    (255, 250, 200),
+)
+"""Colours of parts, as far apart as sixteen can be; more parts begin again."""
+
+
+def colours_of(parts: int, background: int | None) -> Pixels:
+    """One RGB colour a channel, uint8 (parts, 3); the background is dark grey."""
+    listed = [PART_COLOURS[i % len(PART_COLOURS)] for i in range(parts)]
+    if background is not None:
+        listed.insert(background, BACKGROUND_COLOUR)
+    return np.array(listed[:parts], dtype=np.uint8)
+
+
+def enlarged(image: Pixels, side: int) -> Pixels:
+    """An image brought to ``side`` x ``side`` pixels for a contact sheet."""
+    return squash(image, (side, side))
+
+
+def overlay(image: Pixels, labels: Pixels, colours: Pixels, strength: float = 0.6) -> Pixels:
+    """An image under the colours of its parts.
+
+    Args:
+        image: uint8 (H, W, 3).
+        labels: uint8 (h, w), part ids; 255 stays uncoloured.
+        colours: uint8 (P, 3).
+        strength: Of the colour against the image, 0 to 1.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    height, width = image.shape[:2]
+    rows = np.arange(height) * labels.shape[0] // height
+    columns = np.arange(width) * labels.shape[1] // width
+    full = labels[rows][:, columns]
+    known = full != 255
+    tint = colours[np.where(known, full, 0)].astype(np.float32)
+    mixed = image * (1 - strength) + tint * strength
+    return np.where(known[..., None], mixed, image).round().astype(np.uint8)
+
+
+def masked(image: Pixels, mask: NDArray[np.bool_], grid: tuple[int, int]) -> Pixels:
+    """An image uint8 (H, W, 3) with its masked patches (L,) in grey."""
+    height, width = image.shape[:2]
+    rows = np.arange(height) * grid[0] // height
+    columns = np.arange(width) * grid[1] // width
+    hidden = mask.reshape(grid)[rows][:, columns]
+    return np.where(hidden[..., None], np.uint8(110), image).astype(np.uint8)
+
+
+def sheet(rows: Sequence[Sequence[Pixels]], gap: int = 3) -> Pixels:
+    """A contact sheet: rows of pictures of one size, on white, uint8 (H, W, 3)."""
+    height, width = rows[0][0].shape[:2]
+    columns = max(len(row) for row in rows)
+    page = np.full(
+        (len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, dtype=np.uint8
+    )
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            top, left = gap + i * (height + gap), gap + j * (width + gap)
+            page[top : top + height, left : left + width] = picture
+    return page
+
+
+def save_picture(path: Path, picture: Pixels) -> None:
+    """Write a PNG atomically."""
+    with atomic_file(path) as partial:
+        Image.fromarray(picture).save(partial, format="PNG")
+
+
+def pairs_sheet(
+    above: Sequence[Pixels], below: Sequence[Pixels], columns: int, side: int, *more: Sequence[Any]
+) -> Pixels:
+    """Columns of pictures with what was made of them underneath, in bands of ``columns``.
+
+    Args:
+        above: Pictures, uint8, any size.
+        below: As many pictures.
+        columns: Pictures across.
+        side: Pixels of each, square.
+        *more: Further lists to stand under these.
+    """
+    rows = []
+    for start in range(0, len(above), columns):
+        for pictures in (above, below, *more):
+            rows.append([enlarged(p, side) for p in pictures[start : start + columns]])
+    return sheet(rows)

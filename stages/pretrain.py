@@ -1,0 +1,178 @@
+"""`semmae stage2 pretrain`: pretrain a masked autoencoder with semantic-guided masks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..models.autoencoder import SIZES, Architecture, MaskedAutoencoder
+from ..pipeline.loaders import (
+    ImageSource,
+    MaskSchedule,
+    PretrainingData,
+    join_store,
+)
+from ..pipeline.masks import visible_count
+from ..pipeline.sources import Split, list_images
+from ..pipeline.training import Batch, Draw, Run, Task, TrainingOptions, fit, require
+from ..storage.part_store import PartStore
+from .pictures import masked, pairs_sheet, save_picture
+
+PICTURED = 8
+"""Images in the picture of reconstructions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(TrainingOptions):
+    """Settings of `pretrain`; the defaults are SemMAE's and MAE's recipe."""
+
+    data: Annotated[str, "Images: a folder, or Parquet."]
+    parts: Annotated[Path | None, "Part store of those images; not needed by --masking random."] = (
+        None
+    )
+    masking: Annotated[
+        Literal["semantic", "random"], "semantic: by parts (SemMAE); random: plain MAE."
+    ] = "semantic"
+    split: Annotated[Split, "Which images of the data."] = "train"
+    size: Annotated[
+        Literal["micro", "tiny", "small", "base", "large", "huge"], "Of encoder and decoder."
+    ] = "base"
+    patch_size: Annotated[int, "Pixels of a patch, square."] = 16
+    image_size: Annotated[int, "Pixels of a crop, square; a multiple of the patch size."] = 224
+    mask_ratio: Annotated[float, "Share of patches masked."] = 0.75
+    gamma: Annotated[float, "Exponent of the schedule from shares of parts to whole parts."] = 2.0
+    alpha_start: Annotated[float, "Where the schedule begins: 0 shares of parts, 1 whole."] = 0.0
+    alpha_end: Annotated[float, "Where it ends."] = 1.0
+    crop_scale: Annotated[float, "Least share of an image's area in a crop; the most is 1."] = 0.2
+    normalise_target: Annotated[bool, "Rebuild each patch relative to its mean and spread."] = True
+    epochs: Annotated[int, "Passes over the data."] = 800
+    batch_size: Annotated[int, "Images an optimiser step."] = 4096
+    base_learning_rate: Annotated[float, "Peak learning rate for 256 images a step."] = 1.5e-4
+    warmup_epochs: Annotated[float, "Epochs of linear warm-up; a cosine to 0 follows."] = 40.0
+    loader_workers: Annotated[int, "Processes that decode images; 0 decodes in the trainer."] = 8
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        super().__post_init__()
+        require(0 <= self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "from 0 to below 1")
+        require(0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "above 0, at most 1")
+        require(self.gamma > 0, "gamma", self.gamma, "above 0")
+        for name in ("alpha_start", "alpha_end"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
+        self.architecture()
+
+    def architecture(self) -> Architecture:
+        """The network's shapes."""
+        return Architecture(
+            image_size=(self.image_size, self.image_size),
+            patch_size=self.patch_size,
+            **SIZES[self.size],
+        )
+
+
+class Pretraining(Task):
+    """Pretraining, as the trainer sees it."""
+
+    kind = "pretraining"
+
+    def __init__(self, model: MaskedAutoencoder, data: PretrainingData, options: PretrainOptions):
+        self.model = self._model = model
+        self.data = self._data = data
+        self.architecture = model.architecture.to_record()
+        self._epochs = options.epochs
+        grid = model.architecture.grid
+        self._visible = visible_count(grid[0] * grid[1], options.mask_ratio)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error of the masked patches; the mean alpha of the batch beside it."""
+        loss = self._model(batch["images"], batch["mask"], self._visible).mean()
+        return loss, {"alpha": batch["alpha"].mean()}
+
+    def finish_epoch(self, epoch: int, run: Run) -> dict[str, float]:
+        """Draw reconstructions of a few crops, with the masks of this point of the schedule."""
+        chosen = np.linspace(0, len(self._data) - 1, min(PICTURED, len(self._data))).astype(int)
+        draws = [Draw(int(index), epoch, epoch / self._epochs) for index in chosen]
+        batch = self._data.__getitems__(draws)
+        picture = reconstruction_picture(self._model, batch["images"], batch["mask"], self._visible)
+        run.picture("reconstructions", picture)
+        save_picture(run.folder / "pictures" / f"reconstructions-epoch-{epoch:04d}.png", picture)
+        return {}
+
+
+def reconstruction_picture(
+    model: MaskedAutoencoder, images: Tensor, mask: Tensor, visible: int
+) -> NDArray[np.uint8]:
+    """Images, what the encoder sees of them, and what the decoder makes of that, in columns.
+
+    Args:
+        model: The autoencoder.
+        images: uint8 (B, H, W, 3).
+        mask: bool (B, L).
+        visible: V.
+
+    Returns:
+        A contact sheet, uint8 (H, W, 3).
+    """
+    device = model.mean.device
+    made = model.reconstruct(images.to(device), mask.to(device), visible)
+    pixels, grid = images.numpy(), model.architecture.grid
+    seen = [masked(image, row, grid) for image, row in zip(pixels, mask.numpy(), strict=True)]
+    rebuilt = list((made * 255).round().byte().cpu().numpy())
+    return pairs_sheet(list(pixels), seen, PICTURED, 128, rebuilt)
+
+
+def pretraining_data(options: PretrainOptions) -> PretrainingData:
+    """The crops and masks that a run of these settings trains on.
+
+    Raises:
+        SettingError: The masking needs a part store and none was named.
+        MismatchError: The store is of other images.
+    """
+    plan = list_images(options.data, options.split)
+    masks = MaskSchedule(
+        policy=options.masking,
+        mask_ratio=options.mask_ratio,
+        gamma=options.gamma,
+        start=options.alpha_start,
+        end=options.alpha_end,
+    )
+    images, labels, parts, fingerprint = ImageSource(plan), None, 0, ""
+    if options.parts is not None:
+        store = PartStore.open(options.parts)
+        rows, places = join_store(plan, store)
+        images = ImageSource(plan, rows)
+        labels, parts, fingerprint = (
+            (store.labels(), places),
+            store.identity.parts,
+            store.fingerprint,
+        )
+    return PretrainingData(
+        images,
+        labels,
+        parts,
+        image_size=(options.image_size, options.image_size),
+        patch_size=options.patch_size,
+        masks=masks,
+        seed=options.seed,
+        crop_scale=(options.crop_scale, 1.0),
+        store_fingerprint=fingerprint,
+    )
+
+
+def pretrain(options: PretrainOptions) -> Path:
+    """Pretrain, or go on where an earlier call was interrupted.
+
+    Args:
+        options: The settings.
+
+    Returns:
+        The last checkpoint.  The output folder is what ``--checkpoint`` and ``--encoder`` take.
+    """
+    data = pretraining_data(options)
+    torch.manual_seed(options.seed)
+    model = MaskedAutoencoder(options.architecture(), options.normalise_target)
+    return fit(Pretraining(model, data, options), options)
