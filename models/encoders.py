@@ -3,6 +3,7 @@
 Legend of shapes: B images, L patches, D width, A attention heads, p patch size.
 """
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import DamageError, MissingError, SettingError
-from .vision import IMAGENET_MEAN, IMAGENET_STD, normalise
+from .vision import IMAGENET_MEAN, IMAGENET_STD, normalise, sincos_positions
 
 
 @dataclass(frozen=True)
@@ -285,26 +286,23 @@ def _norm(width: int, **options: Any) -> nn.LayerNorm:
 def untrained(encoder: FrozenEncoder, seed: int) -> FrozenEncoder:
     """The same network with fresh weights, to evaluate beside the trained one.
 
+    Fixed sine-cosine positions stay, since they are no result of training.
+
     Args:
         encoder: The trained one; it stays as it is.
         seed: Of the weights.
     """
-    source = encoder.transformer
+    model = copy.deepcopy(encoder.transformer)
+    model.blocks[-1]._forward_pre_hooks.clear()
+    fixed = sincos_positions(encoder.width, model.patch_embed.grid_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = VisionTransformer(
-            img_size=encoder.native_size,
-            patch_size=encoder.patch_size,
-            embed_dim=encoder.width,
-            depth=len(source.blocks),
-            num_heads=encoder.heads,
-            mlp_ratio=source.blocks[0].mlp.fc1.out_features / encoder.width,
-            class_token=source.cls_token is not None,
-            global_pool="token" if source.cls_token is not None else "avg",
-            fc_norm=False,
-            num_classes=0,
-            dynamic_img_size=True,
-            norm_layer=_norm,
-        )
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        model.init_weights()
+    positions = encoder.transformer.pos_embed
+    if positions.shape == fixed.shape and torch.allclose(positions.cpu(), fixed, atol=1e-5):
+        model.pos_embed.data.copy_(fixed)
     mean, std = tuple(encoder.mean.tolist()), tuple(encoder.std.tolist())
     return FrozenEncoder(model, mean, std, f"untrained {encoder.name}")

@@ -70,7 +70,7 @@ def _connect(address: str | None) -> None:
     """Join a cluster, or start one on this machine, quietly."""
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address is None:
             ray.init(include_dashboard=False, **quiet)
@@ -121,11 +121,12 @@ class _ShardActor:
         return {"record": [json.dumps(dict(self._worker(int(shard)))) for shard in batch["shard"]]}
 
 
-def _resources(placement: Placement) -> dict[str, float]:
+def _resources(placement: Placement) -> dict[str, Any]:
     """What each actor takes; refuses more actors than a fixed machine or cluster has room for."""
     import ray
 
-    total = ray.cluster_resources()
+    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    resources: dict[str, Any]
     gpus, cpus = total.get("GPU", 0), total.get("CPU", 0)
     if gpus:
         room, share = int(gpus * placement.workers_per_gpu), 1 / placement.workers_per_gpu

@@ -388,7 +388,7 @@ def batches_in_order(
     image_size: tuple[int, int],
     batch_size: int,
     geometry: Geometry = "center",
-    positions: Sequence[int] | None = None,
+    positions: NDArray[np.int64] | None = None,
     threads: int = 2,
 ) -> Iterator[tuple[NDArray[np.int64], Pixels]]:
     """Images one after another, decoded by threads ahead of their use; bad ones are left out.
@@ -405,7 +405,7 @@ def batches_in_order(
         Positions int64 (B,) of the good images of each batch, and uint8 (B, H, W, 3).
     """
     fit_to = squash if geometry == "squash" else evaluation_crop
-    wanted = np.arange(len(images)) if positions is None else np.asarray(positions, dtype=np.int64)
+    wanted = np.arange(len(images)) if positions is None else positions
 
     def load(position: int) -> Pixels | None:
         try:

@@ -397,7 +397,7 @@ def _loader(
     workers = options.loader_workers
     return DataLoader(
         task.data,  # type: ignore[arg-type]
-        batch_sampler=_Batches(schedule, options.seed, start, options.accumulation),  # type: ignore[arg-type]
+        batch_sampler=_Batches(schedule, options.seed, start, options.accumulation),
         collate_fn=_as_is,
         num_workers=workers,
         prefetch_factor=2 if workers else None,

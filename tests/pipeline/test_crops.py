@@ -106,6 +106,15 @@ def test_crop_boxes__fall_back_to_the_centre_as_torchvision(height: int, width: 
     assert boxes.tolist() == [[top, left, top + tall, left + wide]] * 5
 
 
+def test_crop_boxes__take_every_place_equally_often() -> None:
+    # These settings leave boxes of 2 x 2 pixels, with four places in an image of 3 x 3.
+    sizes = np.full(DRAWS, 3), np.full(DRAWS, 3)
+    boxes = crop_boxes(crop_streams(DRAWS), *sizes, (0.4, 0.5), (1.0, 1.0))
+    assert (boxes[:, 2:] - boxes[:, :2] == 2).all()
+    counts = np.bincount(2 * boxes[:, 0] + boxes[:, 1], minlength=4)
+    assert np.abs(counts - DRAWS / 4).max() < 5 * math.sqrt(DRAWS * 3 / 16)
+
+
 def test_crop_boxes__do_not_depend_on_the_batch() -> None:
     generator = np.random.default_rng(0)
     height, width = generator.integers(20, 900, (2, 100))

@@ -320,9 +320,38 @@ def test_masked_counts__visit_parts_in_every_order_equally_often() -> None:
     assert max(abs(count - MAPS / 6) for count in pairs.values()) < 5 * error
 
 
+def stream_with(bits: int, position: int) -> Streams:
+    """The stream whose number at a position is the top 53 of these bits: splitmix64 undone."""
+    word = 2**64
+    bits ^= bits >> 31 ^ bits >> 62
+    bits = bits * pow(0x94D049BB133111EB, -1, word) % word
+    bits ^= bits >> 27 ^ bits >> 54
+    bits = bits * pow(0xBF58476D1CE4E5B9, -1, word) % word
+    bits ^= bits >> 30 ^ bits >> 60
+    return np.array([(bits - (position + 1) * 0x9E3779B97F4A7C15) % word], np.uint64)
+
+
+@pytest.mark.parametrize("bits", [0, 2**64 - 1])
+@pytest.mark.parametrize("alpha", [0.0, 1e-10, 0.3, 1 - 1e-10, 1.0])
+def test_masked_counts__are_exact_at_the_least_and_largest_offset(bits: int, alpha: float) -> None:
+    stream = stream_with(bits, PATCHES)
+    assert uniforms(stream, PATCHES + 1)[0, PATCHES] == (bits >> 11) / 2**53
+    for masked in range(PATCHES + 1):
+        counts = masked_counts(np.array([SIZES]), masked, np.array([alpha]), stream)
+        assert counts.sum() == masked
+        assert (counts >= 0).all()
+        assert (counts <= SIZES).all()
+
+
 @pytest.mark.parametrize(
     ("sizes", "masked"),
-    [([[4, 4], [4, 5]], 4), ([[9, -1], [4, 4]], 4), ([[4, 4], [8, 0]], 9), ([[4, 4], [8, 0]], -1)],
+    [
+        ([[4, 4], [4, 5]], 4),
+        ([[9, -1], [4, 4]], 4),
+        ([[4, 4], [8, 0]], 9),
+        ([[4, 4], [8, 0]], -1),
+        ([[MAX_PATCHES, 1]] * 2, 4),
+    ],
 )
 def test_masked_counts__refuse_impossible_sizes(sizes: list[list[int]], masked: int) -> None:
     with pytest.raises(ValueError, match="part sizes"):

@@ -1,0 +1,216 @@
+"""`semmae eval linear`: train a linear classifier on frozen features (MAE, appendix A.1)."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from timm.optim import Lars
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...models.heads import LinearHead
+from ...pipeline.loaders import AugmentedData, ImageSource
+from ...pipeline.progress import Progress
+from ...pipeline.training import (
+    Batch,
+    Draw,
+    Task,
+    TrainingData,
+    TrainingOptions,
+    fit,
+    indices,
+    plain_options,
+    require,
+)
+from ..networks import checkpoint_hash
+from .features import (
+    EvaluationOptions,
+    LabelledFeatures,
+    Subject,
+    accuracies,
+    both_splits,
+    features_of,
+    flattened,
+    keep_result,
+    subjects_of,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearOptions(EvaluationOptions):
+    """Settings of `linear`; the defaults are MAE's but for the batch, which is 16384 there."""
+
+    epochs: Annotated[int, "Passes over the training images."] = 90
+    batch_size: Annotated[int, "Images an optimiser step."] = 1024
+    base_learning_rate: Annotated[float, "Peak learning rate of LARS for 256 images."] = 0.1
+    warmup_epochs: Annotated[float, "Epochs of linear warm-up."] = 10.0
+    cached_views: Annotated[
+        int,
+        "0: fresh crops each epoch (MAE); n: the features of n crops, made once; 1: the centre.",
+    ] = 0
+    loader_workers: Annotated[int, "Processes that decode images."] = 2
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        super().__post_init__()
+        require(self.cached_views >= 0, "cached_views", self.cached_views, "0 or more")
+        for name in ("epochs", "batch_size"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+
+class CachedFeatures:
+    """Features made once, as training data of the head.
+
+    Args:
+        views: The features of one crop of each image, one entry a view; epoch e takes view
+            e modulo their number.
+    """
+
+    def __init__(self, views: list[LabelledFeatures]) -> None:
+        self._views = views
+
+    def __len__(self) -> int:
+        return len(self._views[0].labels)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all features."""
+        digest = hashlib.sha256()
+        for view in self._views:
+            digest.update(view.features.numpy().tobytes())
+        return digest.hexdigest()
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        """``features`` (B, D) and ``labels`` (B,)."""
+        view = self._views[draws[0].epoch % len(self._views)]
+        chosen = torch.from_numpy(indices(draws))
+        return {"features": view.features[chosen], "labels": view.labels[chosen]}
+
+
+class LinearProbe(Task):
+    """Training the head, as the trainer sees it."""
+
+    kind = "linear"
+
+    def __init__(
+        self,
+        data: TrainingData,
+        width: int,
+        classes: int,
+        features: Callable[[Batch], Tensor],
+    ) -> None:
+        self.data, self.model = data, LinearHead(width, classes)
+        self.architecture = {"width": width, "classes": classes}
+        self._features = features
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross entropy, and the share of right answers."""
+        labels = batch["labels"]
+        scores = self.model(self._features(batch))
+        right = (scores.argmax(dim=1) == labels).float().mean()
+        return F.cross_entropy(scores.float(), labels), {"accuracy": right}
+
+    def optimizer(self, learning_rate: float, options: TrainingOptions) -> torch.optim.Optimizer:
+        """LARS without weight decay, as MAE probes."""
+        optimizer: torch.optim.Optimizer = Lars(
+            self.model.parameters(), lr=learning_rate, momentum=0.9, weight_decay=0.0
+        )
+        return optimizer
+
+
+def _cached(
+    subject: Subject, images: ImageSource, options: LinearOptions
+) -> tuple[CachedFeatures, Callable[[Batch], Tensor]]:
+    """The centre crop, then ``cached_views`` - 1 random crops of each image."""
+    views = [features_of(subject, images, options.feature_batch, "train")]
+    crops = AugmentedData(images, subject.image_size, options.seed)
+    for view in range(1, options.cached_views):
+        features, labels = [], []
+        with Progress(f"features of crop {view} ({subject.name})", len(images), "image") as bar:
+            for first in range(0, len(images), options.feature_batch):
+                chosen = range(first, min(first + options.feature_batch, len(images)))
+                batch = crops.__getitems__([Draw(index, view, 0.0) for index in chosen])
+                features.append(subject.features(batch["images"].numpy()))
+                labels.append(batch["labels"])
+                bar.update(len(chosen))
+        views.append(LabelledFeatures(torch.cat(features), torch.cat(labels)))
+    return CachedFeatures(views), lambda batch: batch["features"]
+
+
+def _fresh(
+    subject: Subject, images: ImageSource, options: LinearOptions
+) -> tuple[AugmentedData, Callable[[Batch], Tensor]]:
+    """Random crops, encoded as they are trained on."""
+    data = AugmentedData(images, subject.image_size, options.seed)
+
+    def features(batch: Batch) -> Tensor:
+        return subject.features(batch["images"].cpu().numpy()).to(batch["images"].device)
+
+    return data, features
+
+
+def _run_folder(options: LinearOptions, subject: Subject) -> Path:
+    """Where a head trains: the same evaluation of the same checkpoint finds its run again."""
+    told: dict[str, Any] = {
+        **plain_options(options),
+        "output": "",
+        "hash": checkpoint_hash(options.checkpoint),
+    }
+    name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+    return options.output / "runs" / f"linear-{name}-{subject.name}"
+
+
+def _training_options(options: LinearOptions, subject: Subject) -> TrainingOptions:
+    shared = {field.name for field in dataclasses.fields(TrainingOptions)}
+    taken = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if field.name in shared
+    }
+    taken["output"] = _run_folder(options, subject)
+    taken["checkpoint_epochs"] = max(options.epochs // 4, 1)
+    taken["keep_checkpoints"] = 1
+    # Features that lie in memory are not worth a process that fetches them.
+    taken["loader_workers"] = 0 if options.cached_views else options.loader_workers
+    return TrainingOptions(**taken)
+
+
+def probe(
+    subject: Subject, train: ImageSource, val: ImageSource, options: LinearOptions
+) -> dict[str, float]:
+    """Train the head on one subject's features; its accuracies on val, percent."""
+    found = features_of(subject, val, options.feature_batch, "val")
+    data, features = (_cached if options.cached_views else _fresh)(subject, train, options)
+    torch.manual_seed(options.seed)
+    classes = int(np.max(train.labels)) + 1
+    task = LinearProbe(data, found.features.shape[1], classes, features)
+    fit(task, _training_options(options, subject))
+    head = task.model.eval().cpu()
+    with torch.no_grad():
+        return accuracies(head(found.features), found.labels)
+
+
+def measure_linear(options: LinearOptions) -> dict[str, float]:
+    """Accuracies of the checkpoint and its baselines, percent; no record is written."""
+    train, val = both_splits(options.data)
+    return flattened({s.name: probe(s, train, val, options) for s in subjects_of(options)})
+
+
+def linear(options: LinearOptions) -> dict[str, float]:
+    """Evaluate, keep the record, and return the metrics.
+
+    Args:
+        options: The settings.
+
+    Returns:
+        ``top1``, ``top5``, and the same of ``untrained.`` and ``pixels.``, percent.
+    """
+    metrics = measure_linear(options)
+    keep_result("linear", options, metrics)
+    return metrics
