@@ -1,0 +1,207 @@
+"""`semmae parts show`, `semmae masks show` and `semmae stage2 show`: look at what was made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import MissingError
+from ..models.autoencoder import MaskedAutoencoder
+from ..pipeline.crops import evaluation_crop
+from ..pipeline.decoding import BadImage, decode_image
+from ..pipeline.loaders import POLICIES, MaskRequest
+from ..pipeline.masks import visible_count
+from ..pipeline.plan import Plan
+from ..pipeline.randomness import Purpose, streams
+from ..pipeline.sources import ImageReader, Split, list_images
+from ..pipeline.training import require
+from ..storage.part_store import PartStore
+from .networks import open_autoencoder
+from .pictures import colours_of, enlarged, masked, overlay, pairs_sheet, save_picture, sheet
+from .pretrain import PICTURED, reconstruction_picture
+
+SIDE = 128
+"""Pixels of each image on a contact sheet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowPartsOptions:
+    """Settings of `show_parts` and `show_masks`."""
+
+    parts: Annotated[Path, "A part store."]
+    data: Annotated[str, "The images it was made from."]
+    output: Annotated[Path, "PNG to write."]
+    images: Annotated[int, "Images shown."] = 24
+    seed: Annotated[int, "Of the choice of images, and of masks."] = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        require(self.images >= 1, "images", self.images, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowMasksOptions(ShowPartsOptions):
+    """Settings of `show_masks`."""
+
+    output: Annotated[Path, "PNG to write."]
+    images: Annotated[int, "Images shown."] = 8
+    mask_ratio: Annotated[float, "Share of patches masked."] = 0.75
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        super().__post_init__()
+        require(0 <= self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "from 0 to below 1")
+
+
+def parts_info(path: Path) -> dict[str, Any]:
+    """What a part store holds, in a few figures.
+
+    Returns:
+        Counts, grid, share of the patches by part, mean confidence, and bytes of labels an image.
+    """
+    store = PartStore.open(path)
+    identity, ok = store.identity, store.ok()
+    labels = store.labels()[ok]
+    shares = np.bincount(labels.ravel(), minlength=identity.parts)[: identity.parts]
+    confidence = store.meta(["confidence"]).to_pandas()["confidence"]
+    files = (path / "parts.zarr" / "labels").rglob("*")
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return {
+        "images": identity.images,
+        "bad images": int((~ok).sum()),
+        "grid": f"{identity.grid[0]} x {identity.grid[1]}",
+        "parts": identity.parts,
+        "background": "none" if identity.background is None else f"part {identity.background}",
+        "share by part, %": ", ".join(f"{100 * s:.1f}" for s in shares / max(shares.sum(), 1)),
+        "mean confidence": round(float(confidence.mean()), 3),
+        "shards": f"{identity.shards} of {identity.shard_size} images",
+        "label bytes an image": round(size / identity.images, 1),
+        "learner": identity.learner_hash[:12],
+    }
+
+
+def _chosen(
+    store: PartStore, options: ShowPartsOptions
+) -> tuple[list[int], list[NDArray[np.uint8]]]:
+    """Some good images of a store, evenly spread, with their pixels."""
+    reader = ImageReader(Plan(options.data, store.plan(), store.class_names))
+    good = np.flatnonzero(store.ok())
+    places = np.random.default_rng(options.seed).permutation(good)
+    indices, pixels = [], []
+    for index in places:
+        try:
+            pixels.append(decode_image(reader.read(int(index))))
+            indices.append(int(index))
+        except BadImage:
+            continue
+        if len(indices) == options.images:
+            break
+    if not indices:
+        raise MissingError(
+            f"not one image of {options.parts} is to be found in {options.data}: expected the "
+            "images that the store was made from"
+        )
+    return indices, pixels
+
+
+def show_parts(options: ShowPartsOptions) -> Path:
+    """Draw images of a store under the colours of their parts; returns the PNG's path."""
+    store = PartStore.open(options.parts)
+    indices, pixels = _chosen(store, options)
+    labels = store.labels()
+    colours = colours_of(store.identity.parts, store.identity.background)
+    above = [enlarged(image, SIDE) for image in pixels]
+    below = [
+        overlay(image, np.asarray(labels[index]), colours)
+        for image, index in zip(above, indices, strict=True)
+    ]
+    save_picture(options.output, pairs_sheet(above, below, 8, SIDE))
+    return options.output
+
+
+def show_masks(options: ShowMasksOptions) -> Path:
+    """Draw the masks of every policy at points of the schedule; returns the PNG's path.
+
+    Columns: the image, its parts, semantic masks at alpha 0, 1/4, 1/2, 3/4 and 1, random masks.
+    """
+    store = PartStore.open(options.parts)
+    indices, pixels = _chosen(store, options)
+    grid, parts = store.identity.grid, store.identity.parts
+    labels = np.stack([np.asarray(store.labels()[index]) for index in indices])
+    colours = colours_of(parts, store.identity.background)
+    stream = streams(options.seed, Purpose.MASK, 0, indices)
+    columns = [("semantic", alpha) for alpha in (0.0, 0.25, 0.5, 0.75, 1.0)] + [("random", 0.0)]
+    masks = [
+        POLICIES[policy](
+            MaskRequest(
+                patches=grid[0] * grid[1],
+                mask_ratio=options.mask_ratio,
+                alpha=np.full(len(indices), alpha),
+                stream=stream,
+                labels=labels.reshape(len(indices), -1),
+                parts=parts,
+            )
+        )
+        for policy, alpha in columns
+    ]
+    rows = []
+    for row, image in enumerate(enlarged(image, SIDE) for image in pixels):
+        seen = [masked(image, mask[row], grid) for mask in masks]
+        rows.append([image, overlay(image, labels[row], colours), *seen])
+    save_picture(options.output, sheet(rows))
+    return options.output
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowReconstructionsOptions:
+    """Settings of `show_reconstructions`."""
+
+    run: Annotated[Path, "Folder of a pretraining run."]
+    data: Annotated[str, "Images: a folder, or Parquet."]
+    output: Annotated[Path, "PNG to write."]
+    split: Annotated[Split, "Which images of the data."] = "all"
+    images: Annotated[int, "Images shown."] = PICTURED
+    mask_ratio: Annotated[float, "Share of patches masked, at random."] = 0.75
+    seed: Annotated[int, "Of the choice of images, and of masks."] = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        require(self.images >= 1, "images", self.images, "at least 1")
+        require(0 <= self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "from 0 to below 1")
+
+
+def show_reconstructions(options: ShowReconstructionsOptions) -> Path:
+    """Draw what a run makes of masked images; returns the PNG's path."""
+    model: MaskedAutoencoder = open_autoencoder(options.run)
+    shape = model.architecture
+    plan = list_images(options.data, options.split)
+    reader, pixels, indices = ImageReader(plan), [], []
+    for index in np.random.default_rng(options.seed).permutation(len(plan)):
+        try:
+            image = decode_image(reader.read(int(index)))
+        except BadImage:
+            continue
+        pixels.append(evaluation_crop(image, shape.image_size))
+        indices.append(int(index))
+        if len(pixels) == options.images:
+            break
+    if not pixels:
+        raise MissingError(f"not one image of {options.data} can be read")
+    patches = shape.grid[0] * shape.grid[1]
+    mask = POLICIES["random"](
+        MaskRequest(
+            patches=patches,
+            mask_ratio=options.mask_ratio,
+            alpha=np.zeros(len(pixels)),
+            stream=streams(options.seed, Purpose.MASK, 0, indices),
+            labels=None,
+            parts=0,
+        )
+    )
+    images, masks = torch.from_numpy(np.stack(pixels)), torch.from_numpy(mask)
+    visible = visible_count(patches, options.mask_ratio)
+    save_picture(options.output, reconstruction_picture(model, images, masks, visible))
+    return options.output
