@@ -7,6 +7,7 @@ the working folder, else from the table ``[shared]`` there, else from the datacl
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import sys
 import tomllib
@@ -17,40 +18,74 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+import typer.core
+import typer.main
 
 from . import __version__
 from .errors import MissingError, SettingError, UserError
-from .stages.demo import DemoOptions, demo
-from .stages.evals.history import rerun, results_table
-from .stages.evals.knn import KnnOptions, knn
-from .stages.evals.linear import LinearOptions, linear
-from .stages.evals.parts import PartsOptions, evaluate_parts
-from .stages.extract_parts import ExtractPartsOptions, extract_parts
-from .stages.initialise import InitialiseOptions, initialise
-from .stages.learn_parts import LearnPartsOptions, learn_parts
-from .stages.make_creatures import MakeCreaturesOptions, make_creatures
-from .stages.pretrain import PretrainOptions, pretrain
-from .stages.show import (
-    ShowMasksOptions,
-    ShowPartsOptions,
-    ShowReconstructionsOptions,
-    parts_info,
-    show_masks,
-    show_parts,
-    show_reconstructions,
-)
+
+if typing.TYPE_CHECKING:
+    from .stages.demo import DemoOptions
+    from .stages.evals.knn import KnnOptions
+    from .stages.evals.linear import LinearOptions
+    from .stages.evals.parts import PartsOptions
+    from .stages.extract_parts import ExtractPartsOptions
+    from .stages.initialise import InitialiseOptions
+    from .stages.learn_parts import LearnPartsOptions
+    from .stages.make_creatures import MakeCreaturesOptions
+    from .stages.pretrain import PretrainOptions
+    from .stages.show import ShowMasksOptions, ShowPartsOptions, ShowReconstructionsOptions
 
 SETTINGS_FILE = Path("semmae.toml")
 
-app = typer.Typer(
-    help="SemMAE: learn semantic parts, then pretrain a masked autoencoder on them.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    add_completion=False,
-)
+SHARED_KEYS = ("data", "encoder", "learner", "parts", "device", "seed")
+"""What ``[shared]`` may say; each command takes those that it has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Registered:
+    """A command: where its options dataclass is, and what it does with them."""
+
+    options_at: str
+    run: Callable[[Any], None]
+    arguments: tuple[str, ...]
+
+    @functools.cached_property
+    def options(self) -> type:
+        module, _, name = self.options_at.partition(":")
+        found: type = getattr(importlib.import_module(f".stages.{module}", __package__), name)
+        return found
+
+
+COMMANDS: dict[str, _Registered] = {}
+"""Commands that take an options dataclass, by their table in ``semmae.toml``."""
+
+
+class _LazyGroup(typer.core.TyperGroup):
+    """Builds a command's flags when it is called, so that help does not wait for torch."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, found, rest = super().resolve_command(ctx, args)
+        table = f"{name}" if ctx.parent is None else f"{self.name}.{name}"
+        if table in COMMANDS:
+            found = _with_flags(table, COMMANDS[table])
+        return name, found, rest
+
+
+def _typer(text: str) -> typer.Typer:
+    return typer.Typer(
+        cls=_LazyGroup,
+        help=text,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        add_completion=False,
+    )
+
+
+app = _typer("SemMAE: learn semantic parts, then pretrain a masked autoencoder on them.")
 groups = {
-    name: typer.Typer(help=text, no_args_is_help=True, rich_markup_mode=None)
+    name: _typer(text)
     for name, text in {
         "data": "Make images.",
         "stage1": "Learn parts and extract them into a store.",
@@ -63,17 +98,20 @@ groups = {
 for _name, _group in groups.items():
     app.add_typer(_group, name=_name)
 
-COMMANDS: dict[str, type] = {}
-"""Options class of each command that reads ``semmae.toml``, by its name there."""
 
-
-@app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Say the version.")] = False,
-) -> None:
-    if version:
+def _say_version(asked: bool) -> None:
+    if asked:
         print(f"semmae {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say the version.", callback=_say_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def _fields(options: type) -> dict[str, tuple[Any, str, Any]]:
@@ -94,15 +132,16 @@ def _without_none(kind: Any) -> Any:
     return kind
 
 
-def _parameter(name: str, kind: Any, text: str, default: Any, required: bool) -> inspect.Parameter:
+def _parameter(name: str, kind: Any, text: str, default: Any) -> inspect.Parameter:
     """One flag.  Its own default is None, which says that it was not given."""
     kind = _without_none(kind)
     flag = "--" + name.replace("_", "-")
     flags = f"{flag}/--no-{name.replace('_', '-')}" if kind is bool else flag
-    shown = "required" if required else f"default: {default}"
-    if default is None:
-        shown = ""
-    option = typer.Option(flags, help=f"{text} [{shown}]" if shown else text, show_default=False)
+    if default is dataclasses.MISSING:
+        text += " [required]"
+    elif default is not None:
+        text += f" [default: {default}]"
+    option = typer.Option(flags, help=text, show_default=False)
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -111,50 +150,51 @@ def _parameter(name: str, kind: Any, text: str, default: Any, required: bool) ->
     )
 
 
-def command(path: str, options: type, arguments: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+def command(
+    path: str, options_at: str, arguments: tuple[str, ...] = ()
+) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
     """Register a function of an options dataclass as the command of that path.
 
     Args:
         path: Such as ``"stage1 extract-parts"``.
-        options: The dataclass whose fields are the flags.
+        options_at: Module under `stages` and dataclass, ``"module:Class"``; its fields are the
+            flags.
         arguments: Fields that are given by place instead of by flag.
     """
     group, _, name = path.rpartition(" ")
-    COMMANDS[path.replace(" ", ".")] = options
 
     def register(run: Callable[[Any], None]) -> Callable[[Any], None]:
-        @functools.wraps(run)
-        def body(**given: Any) -> None:
-            dry = given.pop("dry_run")
-            resolved = resolve(path.replace(" ", "."), options, given)
-            _print_configuration(path, resolved)
-            if not dry:
-                run(resolved)
-
-        parameters = []
-        for field, (kind, text, default) in _fields(options).items():
-            required = default is dataclasses.MISSING
-            parameter = _parameter(field, kind, text, default, required)
-            if field in arguments:
-                place = typer.Argument(help=text, show_default=False)
-                kind = _without_none(kind)
-                parameter = parameter.replace(annotation=Annotated[kind | None, place])
-            parameters.append(parameter)
-        dry_run = typer.Option("--dry-run", help="Print the configuration and stop.")
-        parameters.append(
-            inspect.Parameter(
-                "dry_run",
-                inspect.Parameter.KEYWORD_ONLY,
-                default=False,
-                annotation=Annotated[bool, dry_run],
-            )
-        )
-        body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        del body.__wrapped__  # type: ignore[attr-defined]
-        (groups[group] if group else app).command(name, help=run.__doc__)(body)
+        COMMANDS[path.replace(" ", ".")] = _Registered(options_at, run, arguments)
+        (groups[group] if group else app).command(name, help=run.__doc__)(lambda: None)
         return run
 
     return register
+
+
+def _with_flags(table: str, registered: _Registered) -> Any:
+    """The command with a flag for each field of its options."""
+
+    def body(**given: Any) -> None:
+        dry = given.pop("dry_run")
+        resolved = resolve(table, registered.options, given)
+        _print_configuration(table, resolved)
+        if not dry:
+            registered.run(resolved)
+
+    parameters = []
+    for field, (kind, text, default) in _fields(registered.options).items():
+        parameter = _parameter(field, kind, text, default)
+        if field in registered.arguments:
+            place = typer.Argument(help=text, show_default=False)
+            parameter = parameter.replace(annotation=Annotated[_without_none(kind) | None, place])
+        parameters.append(parameter)
+    dry_run = Annotated[bool, typer.Option("--dry-run", help="Print the configuration and stop.")]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters.append(inspect.Parameter("dry_run", keyword, default=False, annotation=dry_run))
+    body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+    alone.command(table.rpartition(".")[2], help=registered.run.__doc__)(body)
+    return typer.main.get_command(alone)
 
 
 def read_settings(path: Path = SETTINGS_FILE) -> dict[str, Any]:
@@ -170,15 +210,16 @@ def read_settings(path: Path = SETTINGS_FILE) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(f"{path} is no valid TOML: {error}") from error
     tables = _flattened(content)
-    every = {field for options in COMMANDS.values() for field in _fields(options)}
     for table, values in tables.items():
         if table != "shared" and table not in COMMANDS:
             known = ", ".join(sorted(COMMANDS))
             raise SettingError(f"{path}: unknown table [{table}]; expected [shared] or {known}")
-        fields = every if table == "shared" else set(_fields(COMMANDS[table]))
+        fields = SHARED_KEYS if table == "shared" else tuple(_fields(COMMANDS[table].options))
         unknown = sorted(key for key in values if key.replace("-", "_") not in fields)
         if unknown:
-            raise SettingError(f"{path}: [{table}] has no key {', '.join(unknown)}")
+            raise SettingError(
+                f"{path}: [{table}] has no key {', '.join(unknown)}; there are {', '.join(fields)}"
+            )
         spelt = [key.replace("-", "_") for key in values]
         doubled = sorted({key for key in spelt if spelt.count(key) > 1})
         if doubled:
@@ -249,9 +290,9 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _print_configuration(path: str, options: Any) -> None:
+def _print_configuration(table: str, options: Any) -> None:
     """The resolved configuration, on standard error."""
-    print(f"semmae {path}", file=sys.stderr)
+    print(f"semmae {table.replace('.', ' ')}", file=sys.stderr)
     for field in dataclasses.fields(options):
         print(f"  {field.name} = {getattr(options, field.name)}", file=sys.stderr)
 
@@ -266,74 +307,96 @@ def _print_metrics(metrics: Mapping[str, Any]) -> None:
         )
 
 
-@command("init", InitialiseOptions)
-def _init(options: InitialiseOptions) -> None:
+@command("init", "initialise:InitialiseOptions")
+def _init(options: "InitialiseOptions") -> None:
     """Write a commented semmae.toml for a data set."""
+    from .stages.initialise import initialise
+
     print(f"wrote {initialise(options)}: edit it, then run the commands it names")
 
 
-@command("demo", DemoOptions)
-def _demo(options: DemoOptions) -> None:
+@command("demo", "demo:DemoOptions")
+def _demo(options: "DemoOptions") -> None:
     """The whole path on generated images, on a CPU, in minutes."""
+    from .stages.demo import demo
+
     demo(options)
 
 
-@command("data make-creatures", MakeCreaturesOptions)
-def _make_creatures(options: MakeCreaturesOptions) -> None:
+@command("data make-creatures", "make_creatures:MakeCreaturesOptions")
+def _make_creatures(options: "MakeCreaturesOptions") -> None:
     """Generated images of animals with true part labels."""
+    from .stages.make_creatures import make_creatures
+
     make_creatures(options)
     print(f"wrote {options.output}/images and {options.output}/labels")
 
 
-@command("stage1 learn-parts", LearnPartsOptions)
-def _learn_parts(options: LearnPartsOptions) -> None:
+@command("stage1 learn-parts", "learn_parts:LearnPartsOptions")
+def _learn_parts(options: "LearnPartsOptions") -> None:
     """Learn parts on a frozen encoder."""
+    from .stages.learn_parts import learn_parts
+
     learn_parts(options)
     print(
         f"wrote the part learner {options.output}; pictures of parts in {options.output}/pictures"
     )
 
 
-@command("stage1 extract-parts", ExtractPartsOptions)
-def _extract_parts(options: ExtractPartsOptions) -> None:
+@command("stage1 extract-parts", "extract_parts:ExtractPartsOptions")
+def _extract_parts(options: "ExtractPartsOptions") -> None:
     """Run a trained part learner over a data set into a part store."""
+    from .stages.extract_parts import extract_parts
+
     record = extract_parts(options)
     print(f"wrote the part store {options.output}: {record['ok']} images, {record['bad']} bad")
 
 
-@command("stage2 pretrain", PretrainOptions)
-def _pretrain(options: PretrainOptions) -> None:
+@command("stage2 pretrain", "pretrain:PretrainOptions")
+def _pretrain(options: "PretrainOptions") -> None:
     """Pretrain a masked autoencoder with semantic-guided masks."""
+    from .stages.pretrain import pretrain
+
     print(f"wrote {pretrain(options)}")
 
 
-@command("stage2 show", ShowReconstructionsOptions, arguments=("run",))
-def _show(options: ShowReconstructionsOptions) -> None:
+@command("stage2 show", "show:ShowReconstructionsOptions", arguments=("run",))
+def _show(options: "ShowReconstructionsOptions") -> None:
     """Draw what a pretraining run makes of masked images."""
+    from .stages.show import show_reconstructions
+
     print(f"wrote {show_reconstructions(options)}")
 
 
-@command("eval knn", KnnOptions)
-def _knn(options: KnnOptions) -> None:
+@command("eval knn", "evals.knn:KnnOptions")
+def _knn(options: "KnnOptions") -> None:
     """Classify by the nearest neighbours among the training images."""
+    from .stages.evals.knn import knn
+
     _print_metrics(knn(options))
 
 
-@command("eval linear", LinearOptions)
-def _linear(options: LinearOptions) -> None:
+@command("eval linear", "evals.linear:LinearOptions")
+def _linear(options: "LinearOptions") -> None:
     """Train a linear classifier on frozen features."""
+    from .stages.evals.linear import linear
+
     _print_metrics(linear(options))
 
 
-@command("eval parts", PartsOptions)
-def _parts(options: PartsOptions) -> None:
+@command("eval parts", "evals.parts:PartsOptions")
+def _parts(options: "PartsOptions") -> None:
     """Measure the parts of a store, against true labels where there are any."""
+    from .stages.evals.parts import evaluate_parts
+
     _print_metrics(evaluate_parts(options))
 
 
 @groups["eval"].command("rerun")
 def _rerun(results: Annotated[Path, typer.Argument(help="Results folder.")]) -> None:
     """Run every evaluation on record again and print old beside new."""
+    from .stages.evals.history import rerun
+
     table = rerun(results)
     print(table.to_string(index=False, float_format="%.2f"))
     if table["new"].isna().any():
@@ -343,24 +406,32 @@ def _rerun(results: Annotated[Path, typer.Argument(help="Results folder.")]) -> 
 @groups["eval"].command("table")
 def _table(results: Annotated[Path, typer.Argument(help="Results folder.")]) -> None:
     """Print the results on record."""
+    from .stages.evals.history import results_table
+
     print(results_table(results).to_string(index=False, float_format="%.2f"))
 
 
 @groups["parts"].command("info")
 def _info(store: Annotated[Path, typer.Argument(help="Part store.")]) -> None:
     """Say what a part store holds."""
+    from .stages.show import parts_info
+
     _print_metrics(parts_info(store))
 
 
-@command("parts show", ShowPartsOptions, arguments=("parts",))
-def _show_parts(options: ShowPartsOptions) -> None:
+@command("parts show", "show:ShowPartsOptions", arguments=("parts",))
+def _show_parts(options: "ShowPartsOptions") -> None:
     """Draw images of a store under the colours of their parts."""
+    from .stages.show import show_parts
+
     print(f"wrote {show_parts(options)}")
 
 
-@command("masks show", ShowMasksOptions, arguments=("parts",))
-def _show_masks(options: ShowMasksOptions) -> None:
+@command("masks show", "show:ShowMasksOptions", arguments=("parts",))
+def _show_masks(options: "ShowMasksOptions") -> None:
     """Draw the masks of every policy at points of the schedule."""
+    from .stages.show import show_masks
+
     print(f"wrote {show_masks(options)}")
 
 

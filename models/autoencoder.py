@@ -47,8 +47,12 @@ class Architecture:
         """Refuse shapes that do not fit.
 
         Raises:
-            SettingError: The image is no multiple of the patch, or a width none of its heads.
+            SettingError: A number is below 1, the image is no multiple of the patch, or a width is
+                none of its heads.
         """
+        for name in ("patch_size", "depth", "heads", "decoder_depth", "decoder_heads"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} is {getattr(self, name)}: expected 1 or more")
         height, width = self.image_size
         if height % self.patch_size or width % self.patch_size or min(height, width) <= 0:
             raise SettingError(
@@ -58,7 +62,7 @@ class Architecture:
         for name in ("width", "decoder_width"):
             heads = self.heads if name == "width" else self.decoder_heads
             value = getattr(self, name)
-            if value % heads or value % 4:
+            if value % heads or value % 4 or value < 1:
                 raise SettingError(f"{name} is {value}: expected a multiple of 4 and of {heads}")
 
     @property
@@ -253,7 +257,7 @@ class MaskedAutoencoder(nn.Module):
 
         Returns:
             float32 (B, H, W, 3) in [0, 1].  With a normalised target the true patch's mean and
-            deviation are put back, as MAE's pictures do.
+            deviation are put back, since the model does not predict them.
         """
         patches, order = self._prepare(images, mask)
         predicted = self.decode(self.encode(patches, order[:, :visible]), order, visible).float()

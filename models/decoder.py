@@ -39,7 +39,8 @@ class StyledLayer(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, style_width: int, noise: bool) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
+        # The normalisation behind it takes any bias away.
+        self.convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         self.noise = nn.Parameter(torch.zeros(outputs, 1, 1)) if noise else None
         self.adain = AdaIN(outputs, style_width)
 

@@ -66,7 +66,9 @@ class PartArchitecture:
             SettingError: A value is out of range.
         """
         if not 1 <= self.parts <= 250:
-            raise SettingError(f"--parts is {self.parts}: expected 1 to 250")
+            raise SettingError(f"--num-parts is {self.parts}: expected 1 to 250")
+        if self.background == "voted" and self.clusters < 2:
+            raise SettingError(f"--clusters is {self.clusters}: expected 2 or more")
         if self.temperature <= 0 or self.blur < 0:
             raise SettingError(
                 f"--temperature is {self.temperature} and --blur {self.blur}: "
@@ -110,11 +112,10 @@ class PartLearner(nn.Module):
     def __init__(self, architecture: PartArchitecture) -> None:
         super().__init__()
         shape = self.architecture = architecture
-        self.anchors = nn.Parameter(torch.randn(shape.tokens, shape.width))
+        if shape.variant == "anchored":
+            self.anchors = nn.Parameter(torch.randn(shape.tokens, shape.width))
         self.from_class = nn.Linear(shape.width, shape.tokens * shape.width, bias=False)
         nn.init.normal_(self.from_class.weight, std=shape.width**-0.5)
-        if shape.variant == "paper":
-            del self.anchors
         self.decoder = (
             PixelDecoder(
                 shape.channels, shape.width, shape.decoder_width, noise=shape.decoder_noise
@@ -162,14 +163,15 @@ class PartLearner(nn.Module):
             (B, P, h, w), blurred, summing to 1 at each place; channel 0 is the background unless
             ``background`` is ``none``.
         """
-        similarity = F.normalize(self.part_tokens(style), dim=-1) @ F.normalize(
-            patches, dim=-1
-        ).transpose(1, 2)
-        maps = (similarity / self.architecture.temperature).softmax(dim=1)
-        if self.architecture.background == "voted":
-            objects = self.object_mask(patches)[:, None]
-            maps = torch.cat([1 - objects, maps * objects], dim=1)
-        return self._blurred(maps.reshape(*maps.shape[:2], *grid))
+        # The three digits of bf16 would tie parts, and the maps would not sum to 1.
+        with torch.autocast(patches.device.type, enabled=False):
+            queries = F.normalize(self.part_tokens(style.float()), dim=-1)
+            similarity = queries @ F.normalize(patches.float(), dim=-1).transpose(1, 2)
+            maps = (similarity / self.architecture.temperature).softmax(dim=1)
+            if self.architecture.background == "voted":
+                objects = self.object_mask(patches.float())[:, None]
+                maps = torch.cat([1 - objects, maps * objects], dim=1)
+            return self._blurred(maps.reshape(*maps.shape[:2], *grid))
 
     def object_mask(self, patches: Tensor) -> Tensor:
         """Which patches belong to an object, by the vote of their cluster.
@@ -180,11 +182,10 @@ class PartLearner(nn.Module):
         Returns:
             float (B, L), 1 on objects, 0 on background.
         """
-        nearest = torch.cdist(patches, self.centres[None].expand(len(patches), -1, -1)).argmin(-1)
-        return self.is_object[nearest]
+        return self.is_object[torch.cdist(patches, self.centres).argmin(dim=-1)]
 
     def _blurred(self, maps: Tensor) -> Tensor:
-        """Gaussian blur of each map; borders count what is inside, so that maps still sum to 1."""
+        """Gaussian blur of each map; the border goes on outside, so that maps still sum to 1."""
         if len(self.kernel) == 1:
             return maps
         channels, reach = maps.shape[1], len(self.kernel) // 2
@@ -240,14 +241,12 @@ def part_labels(maps: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         uint8 (B, h, w), the argmax over parts, the lowest id where parts tie; and the margin
-        float (B, h, w) in [0, 1], the largest map value less the second largest.
+        float (B, h, w) in [0, 1], the largest map value less the second largest, if there is one.
     """
-    if maps.shape[1] == 1:
-        return maps[:, 0].to(torch.uint8) * 0, maps[:, 0]
-    top = maps.topk(2, dim=1)
-    # topk leaves the order of equal values open; argmax of the first hit does not.
-    first = (maps >= top.values[:, :1]).byte().argmax(dim=1)
-    return first.to(torch.uint8), top.values[:, 0] - top.values[:, 1]
+    labels = maps.argmax(dim=1).to(torch.uint8)
+    largest = maps.topk(min(2, maps.shape[1]), dim=1).values
+    margin = largest[:, 0] - largest[:, 1:].sum(dim=1)
+    return labels, margin.clamp(0, 1)
 
 
 def _gaussian(deviation: float) -> Tensor:

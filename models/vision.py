@@ -3,6 +3,8 @@
 Legend of shapes: B images, H W pixels, h w patches down and across, L = h w patches, p patch size.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def patchify(pixels: Tensor, patch_size: int) -> Tensor:
 def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """Undo `patchify`: (B, L, p * p * 3) to (B, 3, H, W) for a grid of (h, w) patches."""
     batch, rows, columns = patches.shape[0], *grid
-    patch_size = int((patches.shape[2] // 3) ** 0.5)
+    patch_size = math.isqrt(patches.shape[2] // 3)
     pixels = patches.reshape(batch, rows, columns, patch_size, patch_size, 3)
     return pixels.permute(0, 5, 1, 3, 2, 4).reshape(
         batch, 3, rows * patch_size, columns * patch_size

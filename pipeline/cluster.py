@@ -94,7 +94,7 @@ def _over_actors(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     resources = _resources(placement)
     found = ray.data.from_items(
         [{"shard": int(shard)} for shard in shards], override_num_blocks=len(shards)

@@ -8,19 +8,17 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from ..errors import DamageError, MissingError, SettingError, UserError
+from ..errors import MissingError, SettingError
 from .decoding import BadImage
+from .parquet import ParquetImages, plan_of_parquet
 from .plan import Plan, make_plan
 
 Split = Literal["train", "val", "all"]
@@ -38,10 +36,6 @@ _SPLIT_OF = {
 }
 
 _LISTING_THREADS = 8
-_ROWS_A_BATCH = 256
-_READ_AHEAD_BYTES = 1 << 20
-_MOST_CLASSES = 1_000_000
-_CACHED_ROW_GROUPS = 2
 
 
 class _Folder(NamedTuple):
@@ -256,107 +250,7 @@ def _parquet_split(path: str) -> str | None:
 
 
 def _list_parquet(root: Path, files: list[str], split: Split) -> Plan:
-    chosen = _chosen(root, split, files, _parquet_split)
-    others = [path for path in files if path not in chosen]
-    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        listed = list(pool.map(lambda path: _sizes_and_labels(root / path), chosen))
-        # Labels of the other splits count too: class names must be those of every split.
-        labels = [*(part[1] for part in listed), *pool.map(lambda p: _labels(root / p), others)]
-    counts = [len(sizes) for sizes, _ in listed]
-    if sum(counts) == 0:
-        raise MissingError(f"{root} holds no images for split {split}: its Parquet files are empty")
-    most = max(int(part.max(initial=-1)) for part in labels)
-    return make_plan(
-        str(root),
-        paths=np.repeat(np.array(chosen, dtype=object), counts),
-        rows=np.concatenate([np.arange(count) for count in counts]),
-        sizes=np.concatenate([sizes for sizes, _ in listed]),
-        labels=np.concatenate([part for _, part in listed]),
-        class_names=_named_classes(root, files, most + 1),
-    )
-
-
-def _named_classes(root: Path, files: list[str], count: int) -> list[str]:
-    """Names from a ``classes.txt`` beside the files if it names them all, else the numbers."""
-    for folder in sorted({(root / path).parent for path in files}):
-        if count and (folder / "classes.txt").is_file():
-            text = (folder / "classes.txt").read_text(encoding="utf-8", errors="replace")
-            names = [line.partition("\t")[2].strip() for line in text.splitlines() if line.strip()]
-            if all(names) and len(names) >= count:
-                return names
-    return [str(label) for label in range(count)]
-
-
-def _sizes_and_labels(place: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bytes of each encoded image, and labels, of one file: both int64 of shape (rows,)."""
-    with _opened(place) as file:
-        sizes = [np.zeros(0, np.int64)]
-        for batch in file.iter_batches(_ROWS_A_BATCH, columns=[_image_column(file, place)]):
-            lengths = pc.fill_null(pc.binary_length(_encoded(batch["image"])), 0)
-            sizes.append(lengths.cast(pa.int64()).to_numpy(zero_copy_only=False))
-    return np.concatenate(sizes), _labels(place)
-
-
-def _labels(place: Path) -> NDArray[np.int64]:
-    """Labels of one file, int64 of shape (rows,); -1 where there is none."""
-    with _opened(place) as file:
-        if "label" not in file.schema_arrow.names:
-            return np.full(file.metadata.num_rows, -1, dtype=np.int64)
-        column = file.read(columns=["label"], use_threads=False)["label"]
-    if not pa.types.is_integer(column.type):
-        raise SettingError(f"column label of {place} is {column.type}: expected integers")
-    labels = pc.fill_null(column.cast(pa.int64()), -1).to_numpy()
-    if labels.min(initial=-1) < -1 or labels.max(initial=-1) >= _MOST_CLASSES:
-        raise SettingError(
-            f"column label of {place} runs from {labels.min()} to {labels.max()}: expected class "
-            f"numbers from 0, or -1 for none, below {_MOST_CLASSES}"
-        )
-    return np.asarray(labels)
-
-
-@contextmanager
-def _opened(place: Path) -> Iterator[pq.ParquetFile]:
-    """A Parquet file whose page checksums are verified; what goes wrong in it names the file."""
-    try:
-        with pq.ParquetFile(
-            place, pre_buffer=False, buffer_size=_READ_AHEAD_BYTES, page_checksum_verification=True
-        ) as file:
-            yield file
-    except UserError:
-        raise
-    except (FileNotFoundError, PermissionError) as error:
-        raise MissingError(
-            f"{place} cannot be opened: {error.strerror or 'no such file'}"
-        ) from error
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DamageError(
-            f"{place} is not a sound Parquet file: fetch or write it again ({reason})"
-        ) from error
-
-
-def _image_column(file: pq.ParquetFile, place: Path) -> str:
-    """What to ask the file for: the encoded bytes alone."""
-    schema = file.schema_arrow
-    kind = schema.field("image").type if "image" in schema.names else pa.null()
-    if _is_binary(kind):
-        return "image"
-    fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
-    if "bytes" in fields and _is_binary(fields["bytes"]):
-        return "image.bytes"
-    raise SettingError(
-        f"{place} needs a column image, binary or struct<bytes: binary, path: string>; "
-        f"its columns are {', '.join(f'{field.name}: {field.type}' for field in schema)}"
-    )
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _encoded(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """The encoded bytes of an image column; null where the image or its bytes are."""
-    return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+    return plan_of_parquet(root, files, _chosen(root, split, files, _parquet_split), split)
 
 
 class ImageReader:
@@ -379,10 +273,7 @@ class ImageReader:
         self._paths = plan.table["path"].combine_chunks()
         self._rows = plan.table["row"].to_numpy()
         self._in_memory = int(plan.sizes[self._rows >= 0].sum()) <= in_memory_limit
-        # These caches hold no lock while they load, so a fork finds none taken.
-        self._whole = lru_cache(maxsize=None)(self._load_file)
-        self._group_starts = lru_cache(maxsize=None)(self._load_group_starts)
-        self._group = lru_cache(maxsize=_CACHED_ROW_GROUPS)(self._load_group)
+        self._parquet = ParquetImages(plan.root, self._in_memory)
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -398,8 +289,8 @@ class ImageReader:
             DamageError: A Parquet file is damaged.
         """
         if self._in_memory:
-            for path in pc.unique(self._paths.filter(pa.array(self._rows >= 0))).to_pylist():
-                self._whole(path)
+            names = pc.unique(self._paths.filter(pa.array(self._rows >= 0)))
+            self._parquet.warm(names.to_pylist())
 
     def read(self, index: int) -> bytes:
         """The encoded image at a position of the plan; empty where Parquet holds null.
@@ -416,46 +307,11 @@ class ImageReader:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of a plan of {len(self)} images")
         path, row = self._paths[index].as_py(), int(self._rows[index])
-        if row < 0:
-            return self._read_plain(path)
-        if self._in_memory:
-            column = self._whole(path)
-        else:
-            starts = self._group_starts(path)
-            group = int(np.searchsorted(starts, row, side="right")) - 1
-            row -= int(starts[group])
-            column = self._group(path, min(group, len(starts) - 2))
-        if row >= len(column):
-            raise DamageError(
-                f"{self._place(path)} has fewer rows than when it was listed: list the data again"
-            )
-        data: bytes | None = column[row].as_py()
-        return data or b""
-
-    def _place(self, path: str) -> Path:
-        return Path(self.plan.root, path)
+        return self._read_plain(path) if row < 0 else self._parquet.read(path, row)
 
     def _read_plain(self, path: str) -> bytes:
         try:
-            return self._place(path).read_bytes()
+            return Path(self.plan.root, path).read_bytes()
         except OSError as error:
             reason = error.strerror or "the file cannot be read"
             raise BadImage("unreadable", reason, type(error).__name__) from error
-
-    def _load_file(self, path: str) -> pa.ChunkedArray:
-        with _opened(self._place(path)) as file:
-            columns = [_image_column(file, self._place(path))]
-            return _encoded(file.read(columns=columns, use_threads=False)["image"])
-
-    def _load_group_starts(self, path: str) -> NDArray[np.int64]:
-        """First row of each row group, then the number of rows."""
-        with _opened(self._place(path)) as file:
-            groups = range(file.num_row_groups)
-            counts = [file.metadata.row_group(group).num_rows for group in groups]
-        return np.cumsum([0, *counts])
-
-    def _load_group(self, path: str, group: int) -> pa.ChunkedArray:
-        with _opened(self._place(path)) as file:
-            columns = [_image_column(file, self._place(path))]
-            table = file.read_row_group(group, columns=columns, use_threads=False)
-            return _encoded(table["image"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from ..pipeline.training import require
+from ..pipeline.options import require
 from .evals.history import results_table
 from .evals.knn import KnnOptions, knn
 from .evals.linear import LinearOptions, linear

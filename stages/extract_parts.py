@@ -22,21 +22,14 @@ from ..models.parts import part_labels
 from ..pipeline.cluster import Placement, map_shards
 from ..pipeline.crops import squash
 from ..pipeline.decoding import BadImage, decode_image
+from ..pipeline.options import choose_device, plain_options, require
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
 from ..pipeline.sources import ImageReader, Split, list_images
-from ..pipeline.training import choose_device, plain_options, require
 from ..storage.files import write_json
-from ..storage.part_store import (
-    META_SCHEMA,
-    StoreIdentity,
-    committed_shards,
-    complete_store,
-    create_store,
-    read_plan,
-    shard_size_for,
-    write_shard,
-)
+from ..storage.part_identity import META_SCHEMA, StoreIdentity, shard_size_for
+from ..storage.part_records import read_plan
+from ..storage.part_writer import committed_shards, complete_store, create_store, write_shard
 from .networks import TrainedLearner, open_learner
 
 
@@ -67,6 +60,11 @@ class ExtractPartsOptions:
         require(self.workers >= 0, "workers", self.workers, "0 or more")
         for name in ("workers_per_gpu", "batch_size", "decode_threads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        if self.address is not None and self.workers == 0:
+            raise SettingError(
+                "--address names a Ray cluster, but --workers is 0, which works without Ray: "
+                "expected --workers 1 or more"
+            )
 
 
 class _Loaded(NamedTuple):
@@ -88,9 +86,10 @@ class ExtractionWorker:
 
     Args:
         options: The settings of the command.
+        root: Folder that the paths of the plan start from.
     """
 
-    def __init__(self, options: ExtractPartsOptions) -> None:
+    def __init__(self, options: ExtractPartsOptions, root: str) -> None:
         self._options = options
         self._device = choose_device(options.device)
         if self._device.type == "cpu":
@@ -99,8 +98,9 @@ class ExtractionWorker:
         self._trained.encoder.to(self._device)
         self._trained.learner.to(self._device)
         self.identity, table, class_names = read_plan(options.output)
-        self._plan = Plan(options.data, table, class_names)
+        self._plan = Plan(root, table, class_names)
         self._reader = ImageReader(self._plan)
+        self._reader.warm()
         self._pool = ThreadPoolExecutor(options.decode_threads)
 
     def __call__(self, shard: int) -> dict[str, Any]:
@@ -253,7 +253,9 @@ def extract_parts(
     finished = sum(stop - start for start, stop in map(identity.shard_range, done))
     bad = 0
     if todo:
-        make = make_worker or functools.partial(ExtractionWorker, options)
+        make = make_worker or functools.partial(
+            ExtractionWorker, options, str(Path(plan.root).resolve())
+        )
         with Progress("extracting parts", identity.images, "image", finished) as progress:
             for record in map_shards(make, todo, placement):
                 bad += record["bad"]

@@ -20,7 +20,7 @@ parts = {parts}  # part store: where extract-parts writes and pretrain reads
 
 [stage1.learn-parts]
 output = {learner}
-# parts = 6  # parts beside the background
+# num-parts = 6  # parts beside the background
 # epochs = 5
 {small_learn}
 [stage1.extract-parts]

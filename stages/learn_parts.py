@@ -22,10 +22,16 @@ from ..models.parts import (
     rebuilt_features,
 )
 from ..models.vision import normalise
-from ..pipeline.loaders import ImageSource, SquashedData, batches_in_order
+from ..pipeline.feeding import Batch
+from ..pipeline.image_source import ImageSource, batches_in_order
+from ..pipeline.loaders import SquashedData
+from ..pipeline.options import TrainingOptions, choose_device, require
 from ..pipeline.progress import Progress
+from ..pipeline.runs import Run
+from ..pipeline.schedule import Draw
 from ..pipeline.sources import Split, list_images
-from ..pipeline.training import Batch, Draw, Run, Task, TrainingOptions, choose_device, fit, require
+from ..pipeline.tasks import Task
+from ..pipeline.training import fit
 from ..storage.checkpoints import checkpoints, load_checkpoint
 from .networks import ENCODER_FILE, image_size_of, open_encoder, save_encoder
 from .pictures import colours_of, overlay, pairs_sheet, save_picture
@@ -46,7 +52,7 @@ class LearnPartsOptions(TrainingOptions):
     encoder: Annotated[str, "Frozen encoder: timm:<name>, a weight file, or the folder of a run."]
     split: Annotated[Split, "Which images of the data."] = "train"
     image_size: Annotated[int, "Pixels that images are squashed to; 0: the encoder's own."] = 0
-    parts: Annotated[int, "Parts, the background not counted."] = 6
+    num_parts: Annotated[int, "Parts, the background not counted."] = 6
     variant: Annotated[
         Literal["anchored", "paper"],
         "anchored: ids keep one meaning; paper: queries from the class token, pixels rebuilt.",
@@ -165,7 +171,7 @@ class PartLearning(Task):
         if dead:
             print(
                 f"parts {', '.join(dead)} own no patch of {len(images)} images after epoch "
-                f"{epoch}: try fewer --parts, or another --seed",
+                f"{epoch}: try fewer --num-parts, or another --seed",
                 file=sys.stderr,
             )
         return {"confidence": float(margin.mean()), "smallest_part": float(shares.min())}
@@ -282,7 +288,7 @@ def started_learner(
             background = "none"
     architecture = PartArchitecture(
         width=width,
-        parts=options.parts,
+        parts=options.num_parts,
         variant=options.variant,
         background=background,
         clusters=options.clusters,
@@ -316,7 +322,7 @@ def _cluster(tokens: NDArray[np.float32], clusters: int, seed: int) -> KMeans:
     if len(chosen) < clusters:
         raise SettingError(
             f"{len(chosen)} patches cannot make {clusters} clusters: expected more images, "
-            "or fewer --parts and --clusters"
+            "or fewer --num-parts and --clusters"
         )
     return KMeans(clusters, n_init=3, random_state=seed).fit(tokens[np.sort(chosen)])
 
@@ -334,9 +340,10 @@ def learn_parts(options: LearnPartsOptions) -> Path:
     encoder = open_encoder(options.encoder)
     size = image_size_of(options.image_size, encoder.native_size, encoder.patch_size)
     found = checkpoints(options.output)
-    if found:
-        record = dict(load_checkpoint(found[-1][1]).get("architecture", {}))
-        record.pop("image_size", None)
+    state = load_checkpoint(found[-1][1]) if found else {}
+    if state.get("kind") == "parts":
+        # The start is on record: what the vote found, and where k-means began.
+        record = {k: v for k, v in state["architecture"].items() if k != "image_size"}
         learner = PartLearner(PartArchitecture(**record))
     else:
         encoder.to(choose_device(options.device))

@@ -52,11 +52,11 @@ class MakeCreaturesOptions:
         SettingError: A value is out of its range.
     """
 
-    output: Annotated[Path, "folder to write; made if it is not there"]
-    train: Annotated[int, "images in the train split, 1 or more"] = 12000
-    val: Annotated[int, "images in the val split, 0 or more"] = 1000
-    size: Annotated[int, "height and width in pixels, 32 to 4096"] = 96
-    seed: Annotated[int, "seed of the images, 0 or more; species stay the same"] = 0
+    output: Annotated[Path, "Folder to write; made if it is not there."]
+    train: Annotated[int, "Images in the train split."] = 12000
+    val: Annotated[int, "Images in the val split."] = 1000
+    size: Annotated[int, "Height and width, pixels."] = 96
+    seed: Annotated[int, "Seed of the images; the species stay the same."] = 0
 
     def __post_init__(self) -> None:
         for name, low, high in (

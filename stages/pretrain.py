@@ -10,15 +10,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..models.autoencoder import SIZES, Architecture, MaskedAutoencoder
-from ..pipeline.loaders import (
-    ImageSource,
-    MaskSchedule,
-    PretrainingData,
-    join_store,
-)
+from ..pipeline.feeding import Batch
+from ..pipeline.image_source import ImageSource
+from ..pipeline.loaders import PretrainingData
+from ..pipeline.mask_policies import MaskSchedule
 from ..pipeline.masks import visible_count
+from ..pipeline.options import TrainingOptions, require
+from ..pipeline.part_maps import join_store
+from ..pipeline.runs import Run
+from ..pipeline.schedule import Draw
 from ..pipeline.sources import Split, list_images
-from ..pipeline.training import Batch, Draw, Run, Task, TrainingOptions, fit, require
+from ..pipeline.tasks import Task
+from ..pipeline.training import fit
 from ..storage.part_store import PartStore
 from .pictures import masked, pairs_sheet, save_picture
 

@@ -12,12 +12,12 @@ from ..errors import MissingError
 from ..models.autoencoder import MaskedAutoencoder
 from ..pipeline.crops import evaluation_crop
 from ..pipeline.decoding import BadImage, decode_image
-from ..pipeline.loaders import POLICIES, MaskRequest
+from ..pipeline.mask_policies import POLICIES, MaskRequest
 from ..pipeline.masks import visible_count
+from ..pipeline.options import require
 from ..pipeline.plan import Plan
 from ..pipeline.randomness import Purpose, streams
 from ..pipeline.sources import ImageReader, Split, list_images
-from ..pipeline.training import require
 from ..storage.part_store import PartStore
 from .networks import open_autoencoder
 from .pictures import colours_of, enlarged, masked, overlay, pairs_sheet, save_picture, sheet
@@ -87,7 +87,7 @@ def _chosen(
     store: PartStore, options: ShowPartsOptions
 ) -> tuple[list[int], list[NDArray[np.uint8]]]:
     """Some good images of a store, evenly spread, with their pixels."""
-    reader = ImageReader(Plan(options.data, store.plan(), store.class_names))
+    reader = ImageReader(Plan(list_images(options.data).root, store.plan(), store.class_names))
     good = np.flatnonzero(store.ok())
     places = np.random.default_rng(options.seed).permutation(good)
     indices, pixels = [], []

@@ -8,6 +8,7 @@ from.
 import argparse
 import hashlib
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from .files import atomic_file
 FORMAT = 1
 """Version of the checkpoint layout; a reader refuses a newer one."""
 
-_NAME = re.compile(r"step-(\d{8})\.pt")
+_PLAIN = (str, int, float, bool, bytes, type(None))
+
+_NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
 def save_checkpoint(run: Path, step: int, state: Mapping[str, Any]) -> Path:
@@ -34,11 +37,32 @@ def save_checkpoint(run: Path, step: int, state: Mapping[str, Any]) -> Path:
 
     Returns:
         The path of the file.
+
+    Raises:
+        TypeError: The state holds something else.
+        UserError: The system refused the write.
     """
+    _require_plain("state", state)
     path = run / "checkpoints" / f"step-{step:08d}.pt"
     with atomic_file(path) as partial:
         torch.save({"format": FORMAT, **state}, partial)
     return path
+
+
+def _require_plain(name: str, value: object) -> None:
+    """Raise unless a value will load again: found at the first save, not after the last."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _require_plain(f"{name}.{key}", key)
+            _require_plain(f"{name}.{key}", item)
+    elif type(value) in (list, tuple):
+        for position, item in enumerate(value):  # type: ignore[arg-type]
+            _require_plain(f"{name}.{position}", item)
+    elif not isinstance(value, torch.Tensor) and type(value) not in _PLAIN:
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: "
+            "make it a tensor or plain data"
+        )
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -52,7 +76,7 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def prune_checkpoints(run: Path, keep_last: int) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints of a run."""
+    """Remove all but the newest ``keep_last`` checkpoints of a run; 0 keeps all."""
     for _, path in checkpoints(run)[:-keep_last]:
         path.unlink()
 
@@ -87,25 +111,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         What the file holds; for safetensors ``{"model": tensors, **metadata}``.
 
     Raises:
+        MissingError: There is no such file.
         DamageError: The file is damaged, not a weight file, or holds objects that are not tensors
             or plain data.
     """
+    if not path.exists():
+        raise MissingError(f"no checkpoint at {path}")
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as opened:
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-                return {"model": tensors, **(opened.metadata() or {})}
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise MissingError(f"no checkpoint at {path}") from error
+        state = _tensors_of(path) if path.suffix == ".safetensors" else _state_of(path)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise DamageError(
-            f"{path} cannot be read as weights: it is damaged or no such file"
+            f"{path} cannot be read as weights: it is damaged, or no such file"
         ) from error
     except Exception as error:  # pickle.UnpicklingError, and whatever a hostile pickle raises
         raise DamageError(
-            f"{path} is no weight file, or holds more than tensors and plain data, "
+            f"{path} is damaged or no weight file, or holds more than tensors and plain data, "
             "and such files are not opened because they can run code"
         ) from error
     if not isinstance(state, dict):
@@ -115,6 +135,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} has checkpoint format {state['format']}, this semmae reads up to {FORMAT}: "
             "install a newer semmae"
         )
+    return state
+
+
+def _tensors_of(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return {**(opened.metadata() or {}), "model": tensors}
+
+
+def _state_of(path: Path) -> object:
+    if zipfile.is_zipfile(path):
+        # torch writes checksums but does not look at them: a flipped bit would become a weight.
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise ValueError(f"wrong checksum of {broken}")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state: object = torch.load(path, map_location="cpu", weights_only=True)
     return state
 
 

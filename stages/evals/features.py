@@ -15,10 +15,10 @@ from torch import Tensor
 from ... import __version__
 from ...errors import MismatchError, MissingError
 from ...models.encoders import FrozenEncoder, untrained
-from ...pipeline.loaders import ImageSource, batches_in_order
+from ...pipeline.image_source import ImageSource, batches_in_order
+from ...pipeline.options import choose_device, plain_options, require
 from ...pipeline.progress import Progress
 from ...pipeline.sources import list_images
-from ...pipeline.training import choose_device, plain_options, require
 from ...storage.results import write_result
 from ..networks import checkpoint_hash, image_size_of, open_encoder
 
@@ -97,12 +97,13 @@ def _encoded(encoder: FrozenEncoder, pooling: Pooling, device: torch.device) -> 
     encoder.to(device)
 
     @torch.no_grad()
-    def features(images: NDArray[np.uint8]) -> Tensor:
+    def make(images: NDArray[np.uint8]) -> Tensor:
         tokens = encoder(torch.from_numpy(images).to(device))
         pooled = tokens.class_token if pooling == "class" else tokens.patches.mean(dim=1)
-        return pooled.float().cpu()
+        features: Tensor = pooled.float().cpu()
+        return features
 
-    return features
+    return make
 
 
 def _raw_pixels(images: NDArray[np.uint8]) -> Tensor:

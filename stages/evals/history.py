@@ -1,8 +1,9 @@
 """`semmae eval rerun` and `semmae eval table`: results on record, again and side by side."""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -11,20 +12,43 @@ from ...storage.results import read_results
 from ..networks import checkpoint_hash
 from .knn import KnnOptions, measure_knn
 from .linear import LinearOptions, measure_linear
+from .parts import PartsOptions, measure_parts, store_hash
 
-Measure = Callable[[Path, dict[str, Any]], dict[str, float]]
+
+class Evaluation(NamedTuple):
+    """How a kind of evaluation is run again.
+
+    Attributes:
+        measure: Metrics of a configuration on record; the folder is for what training needs.
+        hash: Of the checkpoint or store as it is now.
+    """
+
+    measure: Callable[[dict[str, Any], Path], dict[str, float]]
+    hash: Callable[[str], str]
 
 
-def _again_knn(folder: Path, configuration: dict[str, Any]) -> dict[str, float]:
+def _knn(configuration: dict[str, Any], folder: Path) -> dict[str, float]:
     return measure_knn(KnnOptions(**{**configuration, "output": folder}))
 
 
-def _again_linear(folder: Path, configuration: dict[str, Any]) -> dict[str, float]:
-    return measure_linear(LinearOptions(**{**configuration, "output": folder / "rerun"}))
+def _linear(configuration: dict[str, Any], folder: Path) -> dict[str, float]:
+    # In a folder of its own: in the old one the finished training would just be read back.
+    with tempfile.TemporaryDirectory(prefix="semmae-") as fresh:
+        return measure_linear(LinearOptions(**{**configuration, "output": Path(fresh)}))
 
 
-MEASURES: dict[str, Measure] = {"knn": _again_knn, "linear": _again_linear}
-"""How each kind of evaluation is run again."""
+def _parts(configuration: dict[str, Any], folder: Path) -> dict[str, float]:
+    labels = configuration["labels"]
+    paths = {"parts": Path(configuration["parts"]), "labels": labels and Path(labels)}
+    return measure_parts(PartsOptions(**{**configuration, **paths, "output": folder}))
+
+
+EVALUATIONS: dict[str, Evaluation] = {
+    "knn": Evaluation(_knn, checkpoint_hash),
+    "linear": Evaluation(_linear, checkpoint_hash),
+    "parts": Evaluation(_parts, store_hash),
+}
+"""Every kind of evaluation that is kept."""
 
 
 def results_table(folder: Path) -> pd.DataFrame:
@@ -79,11 +103,10 @@ def rerun(folder: Path) -> pd.DataFrame:
 
 def _measured_again(folder: Path, record: dict[str, Any]) -> tuple[dict[str, float], str]:
     """The metrics now, and a note where the record no longer stands."""
-    if record["kind"] not in MEASURES:
-        return {}, f"no rerun of {record['kind']}"
+    evaluation = EVALUATIONS[record["kind"]]
     try:
-        changed = checkpoint_hash(record["checkpoint"]) != record["checkpoint_hash"]
-        new = MEASURES[record["kind"]](folder, record["configuration"])
+        changed = evaluation.hash(record["checkpoint"]) != record["checkpoint_hash"]
+        new = evaluation.measure(record["configuration"], folder)
     except UserError as error:
         return {}, str(error)
     return new, "the checkpoint has changed since" if changed else ""

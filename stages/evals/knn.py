@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...pipeline.training import require
+from ...pipeline.options import require
 from .features import (
     EvaluationOptions,
     LabelledFeatures,
@@ -54,7 +54,7 @@ def vote(train: LabelledFeatures, queries: Tensor, neighbours: int, temperature:
     bank = F.normalize(train.features - mean, dim=1)
     classes = int(train.labels.max()) + 1
     scores = []
-    for chunk in queries.split(256):
+    for chunk in torch.split(queries, 256):
         cosine = F.normalize(chunk - mean, dim=1) @ bank.T
         near = cosine.topk(min(neighbours, len(bank)), dim=1)
         # Relative to the nearest: exp of a large cosine over a small temperature overflows.

@@ -15,19 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...models.heads import LinearHead
-from ...pipeline.loaders import AugmentedData, ImageSource
+from ...pipeline.feeding import Batch, TrainingData
+from ...pipeline.image_source import ImageSource
+from ...pipeline.loaders import AugmentedData
+from ...pipeline.options import TrainingOptions, plain_options, require
 from ...pipeline.progress import Progress
-from ...pipeline.training import (
-    Batch,
-    Draw,
-    Task,
-    TrainingData,
-    TrainingOptions,
-    fit,
-    indices,
-    plain_options,
-    require,
-)
+from ...pipeline.schedule import Draw, indices
+from ...pipeline.tasks import Task
+from ...pipeline.training import fit
 from ..networks import checkpoint_hash
 from .features import (
     EvaluationOptions,

@@ -15,10 +15,10 @@ from ... import __version__
 from ...errors import MismatchError, MissingError
 from ...pipeline.crops import squash
 from ...pipeline.decoding import decode_image
+from ...pipeline.options import plain_options, require
 from ...pipeline.plan import Plan
 from ...pipeline.progress import Progress
-from ...pipeline.sources import ImageReader
-from ...pipeline.training import plain_options, require
+from ...pipeline.sources import ImageReader, list_images
 from ...storage.part_store import PartStore
 from ...storage.results import write_result
 from .metrics import (
@@ -81,7 +81,7 @@ def colour_clusters(images: list[NDArray[np.uint8]], parts: int, seed: int) -> L
 def _patch_colours(
     store: PartStore, data: str, chosen: NDArray[np.int64], grid: tuple[int, int]
 ) -> list[NDArray[np.uint8]]:
-    reader = ImageReader(Plan(data, store.plan(), store.class_names))
+    reader = ImageReader(Plan(list_images(data).root, store.plan(), store.class_names))
     found = []
     with Progress("reading colours", len(chosen), "image") as progress:
         for index in chosen:
@@ -116,8 +116,13 @@ def _inherent(labels: Labels, parts: int) -> dict[str, float]:
     }
 
 
-def evaluate_parts(options: PartsOptions) -> dict[str, float]:
-    """Measure, keep the record, and return the metrics.
+def store_hash(path: str) -> str:
+    """Fingerprint of a store: of every byte that lasts in it."""
+    return PartStore.open(Path(path)).fingerprint
+
+
+def measure_parts(options: PartsOptions) -> dict[str, float]:
+    """Measure the parts of a store; no record is written.
 
     Args:
         options: The settings.
@@ -146,13 +151,19 @@ def evaluate_parts(options: PartsOptions) -> dict[str, float]:
         metrics.update(_against(cells, true, "grid."))
         colours = _patch_colours(store, options.data, chosen, grid)
         metrics.update(_against(colour_clusters(colours, parts, options.seed), true, "colour."))
+    return metrics
+
+
+def evaluate_parts(options: PartsOptions) -> dict[str, float]:
+    """Measure, keep the record, and return the metrics, as `measure_parts` gives them."""
+    metrics = measure_parts(options)
     write_result(
         options.output,
         {
             "kind": "parts",
             "configuration": plain_options(options),
             "checkpoint": str(options.parts),
-            "checkpoint_hash": store.identity.learner_hash,
+            "checkpoint_hash": store_hash(str(options.parts)),
             "seed": options.seed,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {"semmae": __version__, "numpy": np.__version__},

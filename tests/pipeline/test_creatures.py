@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.cluster import KMeans
+
 from semmae.errors import SettingError
 from semmae.pipeline.creature_anatomy import species_traits
 from semmae.pipeline.creature_drawing import PATTERNS, Cone, Placement, cone_distance, pattern
@@ -21,7 +23,6 @@ from semmae.stages.evals.metrics import (
     information_share,
     majority_labels,
 )
-from sklearn.cluster import KMeans
 
 GRID = (12, 12)
 IMAGES = 504

@@ -7,6 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import functional
+
 from semmae.errors import SettingError
 from semmae.pipeline.crops import (
     Boxes,
@@ -21,8 +24,6 @@ from semmae.pipeline.crops import (
     squash,
 )
 from semmae.pipeline.randomness import Purpose, Streams, streams
-from torchvision import transforms
-from torchvision.transforms import functional
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 DRAWS = 4000

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
+
 from semmae.pipeline import decoding
 from semmae.pipeline.decoding import MAX_PIXELS, BadImage, decode_image
 

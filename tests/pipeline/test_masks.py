@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
 from semmae.errors import MismatchError, SettingError
 from semmae.pipeline.masks import (
     MAX_PATCHES,

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from semmae.pipeline.plan import PLAN_SCHEMA, Plan, make_plan
 
 Row = tuple[str, int, int, int]  # path, row, bytes, label

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from semmae.pipeline.randomness import Purpose, streams, uniforms
 
 WORD = 2**64

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from semmae.errors import DamageError, SettingError
 from semmae.pipeline.creatures import PART_NAMES, draw_creature
 from semmae.stages import make_creatures as stage

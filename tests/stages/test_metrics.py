@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+
 from semmae.errors import MismatchError, SettingError
 from semmae.stages.evals import metrics
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from semmae.errors import DamageError, MissingError, UserError
 from semmae.storage import files
 

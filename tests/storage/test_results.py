@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+
 from semmae.errors import DamageError, MissingError, SettingError
 from semmae.storage import results
 from semmae.storage.files import write_json

@@ -1,0 +1,173 @@
+"""Vision transformers from the weight files that people have, and from this project's own.
+
+Legend of shapes: L patches, D width, p patch size.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from timm.layers import Mlp, SwiGLUPacked
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..errors import DamageError, SettingError
+
+_WRAPPERS = ("teacher", "model", "student", "state_dict", "target_encoder", "encoder")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
+_FOREIGN = re.compile(
+    r"decoder_|mask_token|masked_embed|head\.|fc_norm\.|predictor|projector|dino_|ibot_"
+)
+_RENAMED = {"register_tokens": "reg_token", ".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}
+"""DINOv2's names against timm's."""
+
+_UNCOMMON_HEADS = {1280: 16, 1408: 16, 1664: 16}
+"""Heads of the published widths (huge, giant, gigantic) that do not have 64 channels a head."""
+
+
+def encoder_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The encoder's tensors, by timm's names, of a weight file in any of the usual layouts.
+
+    Known layouts: this project's runs; MAE (``model``); iBOT and DINO (``teacher`` or ``student``
+    with ``module.`` and ``backbone.`` prefixes, or ``state_dict``); I-JEPA (``target_encoder`` or
+    ``encoder`` with ``module.``); flat dicts such as DINOv2's.  Where a file holds several
+    networks, the teacher comes first.
+
+    Raises:
+        SettingError: No vision transformer of images is in it.
+    """
+    weights: Mapping[str, Any] = state
+    while (inner := _unwrapped(weights)) is not None:
+        weights = inner
+    found: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if isinstance(value, Tensor):
+            while prefix := next((p for p in _PREFIXES if name.startswith(p)), ""):
+                name = name.removeprefix(prefix)
+            for theirs, ours in _RENAMED.items():
+                name = name.replace(theirs, ours)
+            if not _FOREIGN.match(name):
+                found[name] = value
+    projection = found.get("patch_embed.proj.weight")
+    if projection is None or projection.ndim != 4:
+        raise SettingError(
+            "expected the weights of a vision transformer of images (a 4-dimensional "
+            "patch_embed.proj.weight, blocks.0...), "
+            f"came: {', '.join(list(found or weights)[:4]) or 'nothing'}"
+        )
+    return found
+
+
+def _unwrapped(weights: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    for name in _WRAPPERS:
+        if isinstance(weights.get(name), Mapping):
+            inner: Mapping[str, Any] = weights[name]
+            return inner
+    return None
+
+
+def transformer_of(
+    state: Mapping[str, Any],
+    name: str,
+    heads: int | None = None,
+    image_size: tuple[int, int] = (0, 0),
+) -> VisionTransformer:
+    """A timm vision transformer with the weights of a file; its shape is read off the tensors.
+
+    Args:
+        state: Content of the file.
+        name: What to call it in errors.
+        heads: Attention heads; by default what the file's ``architecture`` says, else those of
+            the published vision transformer of that width: D / 64, but 16 from huge on.
+        image_size: Pixels that the positions were made for; by default what the file's
+            ``architecture`` says, else a square.
+
+    Raises:
+        SettingError: The file holds no vision transformer.
+        DamageError: Tensors are missing or do not fit.
+    """
+    weights = encoder_weights(state)
+    architecture = state.get("architecture")
+    if isinstance(architecture, Mapping):
+        heads = heads or int(architecture["heads"])
+        image_size = tuple(architecture["image_size"])
+    needed = ("pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
+    _refuse_misfits(name, [f"{tensor} is missing" for tensor in needed if tensor not in weights])
+    width, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    heads = heads or _UNCOMMON_HEADS.get(width, max(width // 64, 1))
+    if width % heads:
+        _refuse_misfits(name, [f"its width {width} is no multiple of {heads} heads"])
+    if image_size == (0, 0):
+        side = math.isqrt(weights["pos_embed"].shape[1]) * patch_size
+        image_size = (side, side)
+    patches = image_size[0] // patch_size * (image_size[1] // patch_size)
+    weights = _fold_class_position(weights, patches)
+    model = VisionTransformer(
+        img_size=image_size,
+        patch_size=patch_size,
+        num_heads=heads,
+        no_embed_class=weights["pos_embed"].shape[1] == patches,
+        **_shape_of(weights),
+    )
+    wanted = model.state_dict()
+    _refuse_misfits(
+        name,
+        [f"{tensor} is missing" for tensor in wanted if tensor not in weights]
+        + [f"{tensor} is not known" for tensor in weights if tensor not in wanted]
+        + [
+            f"{tensor} has shape {tuple(value.shape)} in place of {tuple(wanted[tensor].shape)}"
+            for tensor, value in weights.items()
+            if tensor in wanted and value.shape != wanted[tensor].shape
+        ],
+    )
+    model.load_state_dict(weights)
+    return model
+
+
+def _fold_class_position(weights: dict[str, Tensor], patches: int) -> dict[str, Tensor]:
+    """Move the class token's position into the token where there are registers.
+
+    DINOv2 gives a position to the class token and none to the registers that it puts between
+    class token and patches; timm gives one to all of these or to none.
+    """
+    positions = weights["pos_embed"]
+    if not weights.keys() >= {"cls_token", "reg_token"} or positions.shape[1] != patches + 1:
+        return weights
+    token = weights["cls_token"] + positions[:, :1]
+    return {**weights, "cls_token": token, "pos_embed": positions[:, 1:]}
+
+
+def _shape_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of timm's transformer that can be read off its tensors."""
+    width = weights["patch_embed.proj.weight"].shape[0]
+    blocks = [name.split(".")[1] for name in weights if name.startswith("blocks.")]
+    hidden, behind = (weights[f"blocks.0.mlp.fc{i}.weight"].shape[i - 1] for i in (1, 2))
+    gated = hidden == 2 * behind
+    return {
+        "embed_dim": width,
+        "depth": 1 + max(int(block) for block in blocks if block.isdecimal()),
+        # timm cuts the product to an integer: half a channel more keeps rounding out of it.
+        "mlp_ratio": (hidden + 0.5) / width,
+        "mlp_layer": SwiGLUPacked if gated else Mlp,
+        "act_layer": nn.SiLU if gated else nn.GELU,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
+        "init_values": 1e-5 if "blocks.0.ls1.gamma" in weights else None,
+        "class_token": "cls_token" in weights,
+        "global_pool": "token" if "cls_token" in weights else "avg",
+        "fc_norm": False,
+        "reg_tokens": weights["reg_token"].shape[1] if "reg_token" in weights else 0,
+        "num_classes": 0,
+        "dynamic_img_size": True,
+        "norm_layer": partial(nn.LayerNorm, eps=1e-6),
+    }
+
+
+def _refuse_misfits(name: str, misfits: list[str]) -> None:
+    if misfits:
+        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise DamageError(
+            f"the weights of {name} do not make a vision transformer as timm builds it: "
+            f"{', '.join(misfits[:3])}{more}; get the file again, or use another checkpoint"
+        )

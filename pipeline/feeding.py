@@ -1,0 +1,102 @@
+"""Batches from loader workers to the trainer."""
+
+import multiprocessing
+import sys
+from collections.abc import Generator
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..errors import UserError
+from .schedule import BatchSampler, Draw
+
+Batch = dict[str, Tensor]
+
+
+class TrainingData(Protocol):
+    """Data that a task trains on; it is pickled or forked into loader workers."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the data change; checked on resume."""
+        ...
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        ...
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        """The samples of a batch, each a function of the run's seed and of its draw alone."""
+        ...
+
+
+@runtime_checkable
+class Warming(Protocol):
+    """Training data that forked workers can share what it keeps in memory."""
+
+    def warm(self) -> None:
+        """Load it; called once, before workers start."""
+        ...
+
+
+def batches_of(
+    data: TrainingData, sampler: BatchSampler, workers: int, device: torch.device
+) -> Generator[Batch, None, None]:
+    """The batches of the rest of a run, in order, on the CPU.
+
+    Args:
+        data: Where they come from.
+        sampler: Which draws.
+        workers: Processes that make them ahead of their use; 0 makes them when asked.
+        device: Where they go; for a GPU they are put into pinned memory.
+
+    Yields:
+        One batch a list of draws.  Close the generator to end the workers.
+
+    Raises:
+        UserError: What the data raised, in a worker too.
+    """
+    if isinstance(data, Warming):
+        data.warm()
+    # Forked workers share what lies in memory; elsewhere than on Linux a fork is not safe.
+    context = multiprocessing.get_context("fork") if workers and sys.platform == "linux" else None
+    loader: DataLoader[Any] = DataLoader(
+        _Carrying(data),  # type: ignore[arg-type]
+        batch_sampler=sampler,
+        collate_fn=_as_is,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_one_thread,
+        multiprocessing_context=context,
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+class _Carrying:
+    """Hands the users' mistakes of a worker over as they are: torch would wrap a traceback."""
+
+    def __init__(self, data: TrainingData) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitems__(self, draws: list[Draw]) -> Batch | UserError:
+        try:
+            return self._data.__getitems__(draws)
+        except UserError as error:
+            return error
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

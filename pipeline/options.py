@@ -1,0 +1,152 @@
+"""What every training command takes, and how options are checked, compared and recorded."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+
+from ..errors import MismatchError, SettingError
+
+
+def require(holds: bool, name: str, value: object, expected: str) -> None:
+    """Raise a `SettingError` that names the option, unless the condition holds."""
+    if not holds:
+        raise SettingError(f"{_flag(name)} is {value}: expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What every training command takes."""
+
+    output: Annotated[Path, "Folder of the run: checkpoints, logs, pictures."]
+    epochs: Annotated[int, "Passes over the data."] = 100
+    batch_size: Annotated[int, "Images an optimiser step."] = 256
+    accumulation: Annotated[int, "Parts that a batch is computed in, one after another."] = 1
+    base_learning_rate: Annotated[float, "Peak learning rate for 256 images a step."] = 1.5e-4
+    warmup_epochs: Annotated[float, "Epochs of linear warm-up; a cosine to 0 follows."] = 0.0
+    weight_decay: Annotated[float, "AdamW's weight decay; none on biases and norms."] = 0.05
+    clip_gradients: Annotated[float, "Largest gradient norm; 0 does not clip."] = 0.0
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], "Of the forward pass; auto is bf16 on GPUs, fp32 on CPUs."
+    ] = "auto"
+    device: Annotated[str, "cuda, cpu, ...; auto takes a GPU where there is one."] = "auto"
+    loader_workers: Annotated[int, "Processes that decode images; 0 decodes in the trainer."] = 2
+    seed: Annotated[int, "Of weights, order, crops and masks."] = 0
+    resume: Annotated[bool, "Go on from the newest checkpoint in the output folder."] = True
+    checkpoint_epochs: Annotated[int, "Epochs between checkpoints."] = 1
+    checkpoint_steps: Annotated[int, "Steps between further checkpoints; 0 writes none."] = 0
+    keep_checkpoints: Annotated[int, "Newest checkpoints kept; 0 keeps all."] = 2
+    log_steps: Annotated[int, "Steps between two points of the logs."] = 20
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            SettingError: A field is out of range; the message names it and its value.
+        """
+        for name in ("epochs", "batch_size", "accumulation", "checkpoint_epochs", "log_steps"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("loader_workers", "seed", "checkpoint_steps", "keep_checkpoints"):
+            require(0 <= getattr(self, name) < 2**63, name, getattr(self, name), "0 or more")
+        for name in ("warmup_epochs", "weight_decay", "clip_gradients"):
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+        rate = self.base_learning_rate
+        require(0 < rate < math.inf, "base_learning_rate", rate, "above 0, and finite")
+        expected = "auto, fp32 or bf16"
+        require(self.precision in ("auto", "fp32", "bf16"), "precision", self.precision, expected)
+        require(
+            self.batch_size % self.accumulation == 0,
+            "accumulation",
+            self.accumulation,
+            f"a divisor of --batch-size {self.batch_size}",
+        )
+
+
+FREE_ON_RESUME = frozenset(
+    {
+        "output",
+        "data",
+        "device",
+        "loader_workers",
+        "resume",
+        "checkpoint_epochs",
+        "checkpoint_steps",
+        "keep_checkpoints",
+        "log_steps",
+        "accumulation",
+    }
+)
+"""Options that may differ when a run goes on: what is computed does not follow from them (data
+are compared by fingerprint)."""
+
+
+def plain_options(options: object) -> dict[str, Any]:
+    """The fields of an options dataclass as plain JSON data."""
+    return {
+        field.name: _plain(getattr(options, field.name))
+        for field in fields(options)  # type: ignore[arg-type]
+    }
+
+
+def refuse_difference(
+    run: Path, kind: str, old: Mapping[str, Any], new: Mapping[str, Any], *, options: bool
+) -> None:
+    """Refuse to go on with a run by another configuration.
+
+    Args:
+        run: Folder of the run.
+        kind: What it trains, for the message.
+        old: Plain data that the run was started with.
+        new: The same of now.
+        options: Whether these are options of a command, of which some are free
+            (`FREE_ON_RESUME`); else the shapes of a network, of which none is.
+
+    Raises:
+        MismatchError: They differ; the message names each difference, old and new.
+    """
+    names = sorted((old.keys() | new.keys()) - (FREE_ON_RESUME if options else frozenset()))
+    differing = [
+        f"{_flag(name) if options else name} was {old.get(name)}, is {new.get(name)}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+    if differing:
+        raise MismatchError(
+            f"the {kind} run in {run} was started otherwise: {'; '.join(differing)}; "
+            "take the old values, or another --output for a new run"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is a GPU where there is one.
+
+    Raises:
+        SettingError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SettingError(f"--device is {name}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingError(
+            f"--device is {name}, but there are {torch.cuda.device_count()} CUDA devices here: "
+            "use auto or cpu"
+        )
+    return device
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,77 @@
+"""The maps of a part store beside the images of a plan."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import MismatchError, MissingError
+from ..storage.part_store import PartStore
+from .plan import Plan
+
+
+class PartMaps:
+    """Part maps by position of their images; workers map the file, they never copy it.
+
+    Args:
+        stored: Maps uint8 (M, g_h, g_w), as a rule memory-mapped.
+        rows: Row of each image in ``stored``, int64 (N,).
+    """
+
+    def __init__(self, stored: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
+        self._stored, self._rows = stored, rows
+
+    def of(self, positions: list[int]) -> NDArray[np.uint8]:
+        """The maps of some images, uint8 (B, g_h, g_w)."""
+        return np.asarray(self._stored[self._rows[positions]])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stored = self._stored
+        # A pickled memmap holds all that it maps; only a whole .npy file can be found again.
+        if isinstance(stored, np.memmap) and str(stored.filename).endswith(".npy"):
+            whole = np.load(str(stored.filename), mmap_mode="r")
+            if whole.shape == stored.shape and stored.flags.c_contiguous:
+                return _mapped, (Path(str(stored.filename)), self._rows)
+        return PartMaps, (stored, self._rows)
+
+
+def _mapped(file: Path, rows: NDArray[np.int64]) -> PartMaps:
+    return PartMaps(np.load(file, mmap_mode="r"), rows)
+
+
+def join_store(plan: Plan, store: PartStore) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Match images to a part store by key.
+
+    Args:
+        plan: Images of the data set.
+        store: Their part maps; it may hold more.
+
+    Returns:
+        Rows of the plan that the store found good, int64 (M,), and their rows in the store (M,).
+
+    Raises:
+        MismatchError: The store lacks an image of the plan, or holds it with another size.
+        MissingError: The store found not one of the images good.
+    """
+    stored = store.plan()
+    sizes = stored["bytes"].to_numpy()
+    place = {key: row for row, key in enumerate(stored["key"].to_pylist())}
+    rows = np.array([place.get(key, -1) for key in plan.keys], dtype=np.int64)
+    if (rows < 0).any():
+        first = plan.keys[int((rows < 0).argmax())]
+        raise MismatchError(
+            f"{store.path} was made from other images: it lacks {(rows < 0).sum()} of {len(plan)} "
+            f"in {plan.root}, {first} first; run extract-parts on this data into a new store"
+        )
+    changed = sizes[rows] != plan.sizes
+    if changed.any():
+        first = plan.keys[int(changed.argmax())]
+        raise MismatchError(
+            f"{changed.sum()} of {len(plan)} images in {plan.root} have changed since {store.path} "
+            f"was made, {first} first; run extract-parts on this data into a new store"
+        )
+    good = store.ok()[rows]
+    if not good.any():
+        raise MissingError(f"{store.path} holds not one good image of {plan.root}")
+    return np.flatnonzero(good), rows[good]

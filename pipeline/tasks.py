@@ -1,0 +1,63 @@
+"""What the trainer is told of a thing to train."""
+
+import abc
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .feeding import Batch, TrainingData
+from .options import TrainingOptions
+from .runs import Run
+
+
+class Task(abc.ABC):
+    """What is trained, on what, by which loss.
+
+    Attributes:
+        kind: Name of the task; written into checkpoints.
+        model: Everything that trains, and everything that a checkpoint holds.
+        data: Where the batches come from.
+        architecture: Plain data from which the model can be built again; written into checkpoints.
+    """
+
+    kind: str
+    model: nn.Module
+    data: TrainingData
+    architecture: dict[str, Any]
+
+    @abc.abstractmethod
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of a batch, and further scalars to log.
+
+        Args:
+            batch: What ``data`` made, on the training device.
+
+        Returns:
+            A scalar tensor to minimise, and detached scalar tensors by name.
+        """
+
+    def place(self, device: torch.device) -> None:
+        """Move what trains, and what the loss needs beside it, to the device."""
+        self.model.to(device)
+
+    def optimizer(self, learning_rate: float, options: TrainingOptions) -> torch.optim.Optimizer:
+        """AdamW, betas (0.9, 0.95), as MAE and SemMAE pretrain; a task may choose another."""
+        groups = decay_groups(self.model, options.weight_decay)
+        fused = next(self.model.parameters()).device.type == "cuda"
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=fused)
+
+    def finish_epoch(self, epoch: int, run: Run) -> dict[str, float]:
+        """Called after each epoch (from 1): draw pictures, validate; figures go into the log."""
+        return {}
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices decay; biases, norms and single tokens do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    vectors = [p for p in trained if p.squeeze().ndim <= 1]
+    matrices = [p for p in trained if p.squeeze().ndim > 1]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]

@@ -1,0 +1,145 @@
+"""What a part store is: the identity that runs must share to write the same one, and its schema.
+
+Legend: N images, K rows of a shard, H attention heads, P parts.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from ..errors import SettingError
+
+VERSION = 1
+"""Format of the store; another one is refused."""
+
+UNLABELLED = 255
+"""Label of every patch of a bad image, and the fill value of the array: never a part."""
+
+CHUNK = 512
+"""Images that are compressed together, at most: the inner chunk of a shard."""
+
+META_SCHEMA = pa.schema(
+    [
+        pa.field("index", pa.int64(), nullable=False),  # place of the image in the plan
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("label", pa.int64()),  # class, null without classes
+        pa.field("width", pa.int32()),  # pixels of the image as stored; null if unreadable
+        pa.field("height", pa.int32()),
+        pa.field("crc32", pa.int64()),  # of the encoded image bytes
+        pa.field("status", pa.string(), nullable=False),  # "ok" or "bad"
+        pa.field("error_code", pa.string()),
+        pa.field("error_kind", pa.string()),
+        pa.field("error", pa.string()),
+        pa.field("confidence", pa.float32()),  # mean over patches of best minus second-best part
+        pa.field("part_areas", pa.list_(pa.float32())),  # share of the patches of each part
+    ]
+)
+"""Columns of ``meta/``: explicit, since a shard without errors would otherwise type them null."""
+
+
+def shard_size_for(images: int) -> int:
+    """Images a shard: the power of two nearest to ``images / 160``, within [32, 8192].
+
+    It depends on the data alone, never on the workers, since it belongs to the identity of a store.
+
+    Args:
+        images: Images of the plan, N.
+    """
+    return min((1 << power for power in range(5, 14)), key=lambda size: abs(images - 160 * size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreIdentity:
+    """What makes two runs write the same store, bit for bit.
+
+    Raises:
+        SettingError: A field is out of its range.
+    """
+
+    images: int
+    """Images of the plan, N."""
+    shard_size: int
+    """Images a shard, K; a multiple of 512 above 512."""
+    grid: tuple[int, int]
+    """Rows and columns of a label map, in patches."""
+    parts: int
+    """Channels of the learner, the background included if it has one; 1 to 255."""
+    background: int | None
+    """Part id of the background; None without one."""
+    image_size: tuple[int, int]
+    """Height and width in pixels fed to the learner: the whole image is squashed to it."""
+    batch_size: int
+    """Images the learner sees at once; it may change the last bits of its output."""
+    dtype: str
+    """Precision that the learner ran in, such as ``"float32"``."""
+    device_type: str
+    """Device that the learner ran on, such as ``"cuda"``."""
+    plan_fingerprint: str
+    """Fingerprint of the file plan."""
+    learner_hash: str
+    """Hash of the learner's weights."""
+    preprocessing: Mapping[str, Any]
+    """How an image becomes the learner's input: plain JSON."""
+    attention_heads: int = 0
+    """Heads H of the class attention; 0: the store has no such array."""
+    probabilities: bool = False
+    """Whether the store keeps soft part maps."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no store can hold."""
+        for name, value in (
+            ("images", self.images),
+            ("shard_size", self.shard_size),
+            ("grid", min(self.grid)),
+            ("image_size", min(self.image_size)),
+            ("batch_size", self.batch_size),
+        ):
+            if value < 1:
+                raise SettingError(f"{name} of a part store must be at least 1, not {value}")
+        if not 1 <= self.parts <= UNLABELLED:
+            raise SettingError(f"parts must be in [1, {UNLABELLED}], not {self.parts}")
+        if self.background is not None and not 0 <= self.background < self.parts:
+            raise SettingError(
+                f"background must be None or in [0, {self.parts}), not {self.background}"
+            )
+        if self.attention_heads < 0:
+            raise SettingError(f"attention_heads must not be negative, got {self.attention_heads}")
+        if self.shard_size > CHUNK and self.shard_size % CHUNK:
+            raise SettingError(
+                f"shard_size above {CHUNK} must be a multiple of it, not {self.shard_size}"
+            )
+
+    @property
+    def shards(self) -> int:
+        """Number of shards; the last one may be partial."""
+        return -(-self.images // self.shard_size)
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """First index of a shard and one past its last.
+
+        Raises:
+            IndexError: There is no such shard.
+        """
+        if not 0 <= shard < self.shards:
+            raise IndexError(f"shard {shard} of a store with {self.shards} shards")
+        start = shard * self.shard_size
+        return start, min(start + self.shard_size, self.images)
+
+    def to_record(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        # Through JSON, so that a fresh record and one read back are equal: tuples become lists.
+        record: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return record
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "StoreIdentity":
+        """The identity that `to_record` wrote.
+
+        Raises:
+            TypeError: A field is missing or unknown.
+        """
+        pairs = {name: tuple(record[name]) for name in ("grid", "image_size") if name in record}
+        return cls(**{**record, **pairs})

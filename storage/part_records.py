@@ -1,0 +1,150 @@
+"""The records of a part store and where its objects lie.
+
+    plan.json                   identity, and checksums of the set-up; written last of the set-up
+    plan/part-*.parquet         one row an image in index order
+    parts.zarr/labels           (N, rows, columns) uint8
+    parts.zarr/class_attention  optional (N, H, rows, columns) float16
+    parts.zarr/probabilities    optional (N, P, rows, columns) float16
+    meta/part-<shard>.parquet   one row an image, bad ones too
+    commits/<shard>.json        written last of a shard, vouches for its objects
+    complete.json               written by `complete_store`, vouches for every commit
+    runs/, cache/               what differs from run to run, and what is derived
+
+Legend: N images, H attention heads, P parts.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import DamageError, MismatchError, MissingError
+from .files import read_checked, read_json
+from .part_identity import VERSION, StoreIdentity
+from .part_shards import array_specs
+
+WAY_OUT = "run `semmae stage1 extract-parts` again with the same --output"
+"""How a user mends a store that is not complete; ends an error message."""
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """A table as Parquet; equal tables give equal bytes, however they were chunked.
+
+    Args:
+        table: Any table.
+    """
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.combine_chunks(), sink, compression="zstd", write_page_checksum=True)
+    return bytes(sink.getvalue())
+
+
+def decode_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table that `encode_table` wrote; page checksums are verified.
+
+    Args:
+        data: The whole Parquet file.
+        columns: Columns wanted, in this order; None for all.
+    """
+    names = None if columns is None else list(columns)
+    return pq.read_table(pa.BufferReader(data), columns=names, page_checksum_verification=True)
+
+
+def meta_name(shard: int) -> str:
+    """Place of a shard's meta rows, relative to the store."""
+    return f"meta/part-{shard:05d}.parquet"
+
+
+def commit_path(path: Path, shard: int) -> Path:
+    """Place of a shard's commit record in the store at ``path``."""
+    return path / "commits" / f"{shard:05d}.json"
+
+
+def object_names(identity: StoreIdentity, shard: int) -> list[str]:
+    """The objects of a shard, relative to the store, in the order they are written."""
+    arrays = array_specs(identity).items()
+    names = [f"parts.zarr/{name}/{spec.key(shard)}" for name, spec in arrays]
+    return [*names, meta_name(shard)]
+
+
+def read_set_up(path: Path) -> tuple[dict[str, Any], StoreIdentity]:
+    """The record ``plan.json`` of a store, complete or not, and the identity in it.
+
+    Args:
+        path: Folder of the store.
+
+    Raises:
+        MissingError: There is no store.
+        MismatchError: The store has another format version.
+        DamageError: The record is damaged.
+    """
+    if not (path / "plan.json").is_file():
+        raise MissingError(
+            f"{path} is no part store: there is no plan.json in it; name the folder that "
+            "`semmae stage1 extract-parts --output` wrote"
+        )
+    plan = read_json(path / "plan.json")
+    if plan.get("version") != VERSION:
+        raise MismatchError(
+            f"the part store {path} has format version {plan.get('version')}, this semmae reads "
+            f"version {VERSION}; extract the parts anew into another --output"
+        )
+    return plan, StoreIdentity.from_record(plan["identity"])
+
+
+def plan_table(path: Path, plan: Mapping[str, Any]) -> pa.Table:
+    """The file plan of a store, one row an image in index order.
+
+    Args:
+        path: Folder of the store.
+        plan: Its record ``plan.json``.
+
+    Raises:
+        DamageError: A file of the plan is not what was written.
+    """
+    objects = plan["objects"]
+    names = sorted(name for name in objects if name.startswith("plan/"))
+    return pa.concat_tables([decode_table(read_checked(path / n, objects[n])) for n in names])
+
+
+def read_plan(path: Path) -> tuple[StoreIdentity, pa.Table, tuple[str, ...]]:
+    """What a store is to hold: all that a worker needs to write shards of it.
+
+    Args:
+        path: Folder of a store that was set up; it need not be complete.
+
+    Returns:
+        Its identity; its file plan, one row an image in index order; and the name of each class,
+        empty without classes.
+
+    Raises:
+        MissingError: There is no store.
+        MismatchError: The store has another format version.
+        DamageError: The set-up of the store is damaged.
+    """
+    plan, identity = read_set_up(path)
+    return identity, plan_table(path, plan), tuple(plan["class_names"])
+
+
+def read_commit(path: Path, identity: StoreIdentity, shard: int) -> dict[str, Any]:
+    """A shard's commit record, after checking that it is this shard's.
+
+    Args:
+        path: Folder of the store.
+        identity: Identity of the store.
+        shard: Number of the shard.
+
+    Raises:
+        IndexError: There is no such shard.
+        MissingError: The shard is not committed.
+        DamageError: The record is damaged, or is that of another shard or store.
+    """
+    place = commit_path(path, shard)
+    commit = read_json(place)
+    wanted = (shard, *identity.shard_range(shard))
+    if (commit.get("shard"), commit.get("start"), commit.get("stop")) != wanted:
+        raise DamageError(f"the record {place} is not that of shard {shard}")
+    if set(commit["objects"]) != set(object_names(identity, shard)):
+        raise DamageError(f"the record {place} does not name the objects of this store")
+    return commit

@@ -1,0 +1,304 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from semmae.errors import SettingError
+from semmae.models.encoders import Tokens
+from semmae.models.parts import (
+    PartArchitecture,
+    PartLearner,
+    diversity,
+    part_labels,
+    rebuilt_features,
+)
+
+WIDTH = 12
+GRID = (3, 5)
+VARIANTS = ["anchored", "paper"]
+BACKGROUNDS = ["voted", "token", "none"]
+
+
+def learner(seed: int = 0, **changes: Any) -> PartLearner:
+    """A tiny one whose clusters and statistics are drawn."""
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {"width": WIDTH, "parts": 4, "clusters": 5}
+    made = PartLearner(PartArchitecture(**{**shape, **changes}))
+    for name in ("token", "class"):
+        getattr(made, f"{name}_mean").copy_(torch.randn(WIDTH))
+        getattr(made, f"{name}_std").copy_(torch.rand(WIDTH) + 0.5)
+    made.centres.copy_(torch.randn_like(made.centres))
+    made.is_object.copy_((torch.arange(len(made.is_object)) % 2).float())
+    return made
+
+
+def tokens(count: int = 2, places: int = GRID[0] * GRID[1], seed: int = 1) -> Tokens:
+    generator = torch.Generator().manual_seed(seed)
+    return Tokens(
+        torch.randn(count, WIDTH, generator=generator),
+        torch.randn(count, places, WIDTH, generator=generator),
+        torch.rand(count, 2, places, generator=generator),
+    )
+
+
+def random_maps(parts: int, places: int, seed: int, count: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, parts, places, generator=generator).mul(3).softmax(dim=1)
+
+
+def slow_blur(image: Tensor, deviation: float) -> Tensor:
+    """A Gaussian blur place by place; what lies outside is the nearest place inside."""
+    reach = max(int(2 * deviation + 0.5), 1)
+    weight = [math.exp(-0.5 * (i / deviation) ** 2) for i in range(-reach, reach + 1)]
+    rows, columns = image.shape
+    blurred = torch.zeros(rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            for i in range(-reach, reach + 1):
+                for j in range(-reach, reach + 1):
+                    place = min(max(row + i, 0), rows - 1), min(max(column + j, 0), columns - 1)
+                    share = weight[i + reach] * weight[j + reach] / sum(weight) ** 2
+                    blurred[row, column] += share * image[place]
+    return blurred
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("background", BACKGROUNDS)
+@pytest.mark.parametrize("blur", [0.0, 0.7, 2.0])
+def test_maps__sum_to_one_at_every_place(variant: str, background: str, blur: float) -> None:
+    made = learner(variant=variant, background=background, blur=blur)
+    maps = made(tokens(), GRID)
+    assert maps.shape == (2, made.architecture.channels, *GRID)
+    assert maps.min() >= 0
+    torch.testing.assert_close(maps.sum(dim=1), torch.ones(2, *GRID), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("background", "channels", "part_tokens"), [("voted", 5, 4), ("token", 5, 5), ("none", 4, 4)]
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_architecture__counts_channels_and_tokens(
+    variant: str, background: str, channels: int, part_tokens: int
+) -> None:
+    made = learner(variant=variant, background=background)
+    shape = made.architecture
+    assert (shape.channels, shape.tokens) == (channels, part_tokens)
+    assert made.part_tokens(torch.randn(2, WIDTH)).shape == (2, part_tokens, WIDTH)
+    assert PartArchitecture(**shape.to_record()) == shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"parts": 0}, "--parts is 0"),
+        ({"parts": 251}, "--parts is 251"),
+        ({"temperature": 0.0}, "--temperature is 0.0"),
+        ({"blur": -1.0}, "--blur -1.0"),
+        ({"clusters": 1}, "--clusters is 1"),
+    ],
+)
+def test_architecture__refuses_what_is_out_of_range(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(SettingError, match=told):
+        PartArchitecture(**{"width": WIDTH, **changes})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("background", ["token", "none"])
+def test_maps__are_a_softmax_over_cosines(background: str) -> None:
+    made = learner(background=background, blur=0.0)
+    patches, style = made.standardise(tokens())
+    queries, maps = made.part_tokens(style), made.maps(patches, style, GRID).flatten(2)
+    for image in range(2):
+        for place in range(patches.shape[1]):
+            cosines = [
+                float(query @ patches[image, place] / query.norm() / patches[image, place].norm())
+                for query in queries[image]
+            ]
+            powers = [math.exp(cosine / made.architecture.temperature) for cosine in cosines]
+            expected = [power / sum(powers) for power in powers]
+            assert maps[image, :, place].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blur", [0.3, 0.7, 1.5])
+def test_blur__is_that_of_a_plain_loop(blur: float) -> None:
+    sharp = learner(blur=0.0)(tokens(1), GRID)[0]
+    blurred = learner(blur=blur)(tokens(1), GRID)[0]
+    for before, after in zip(sharp, blurred, strict=True):
+        torch.testing.assert_close(after, slow_blur(before, blur), rtol=0, atol=1e-5)
+
+
+def test_blur__of_zero_changes_nothing() -> None:
+    made = learner(blur=0.0)
+    maps = torch.rand(2, 5, *GRID)
+    assert made._blurred(maps) is maps
+
+
+def test_standardise__undoes_mean_and_deviation() -> None:
+    made = learner()
+    wanted = tokens()
+    raw = Tokens(
+        wanted.class_token * made.class_std + made.class_mean,
+        wanted.patches * made.token_std + made.token_mean,
+        wanted.attention,
+    )
+    patches, style = made.standardise(raw)
+    torch.testing.assert_close(patches, wanted.patches, rtol=0, atol=1e-5)
+    torch.testing.assert_close(style, wanted.class_token, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_maps__move_with_the_patches(variant: str, background: str) -> None:
+    made, given_tokens = learner(variant=variant, background=background, blur=0.0), tokens()
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(3))
+    moved = Tokens(given_tokens.class_token, given_tokens.patches[:, order], torch.zeros(0))
+    maps, other = made(given_tokens, GRID).flatten(2), made(moved, GRID).flatten(2)
+    torch.testing.assert_close(other, maps[..., order], rtol=0, atol=1e-5)
+
+
+def test_maps__of_the_voted_background_follow_the_clusters() -> None:
+    made = learner(blur=0.0)
+    patches, style = made.standardise(tokens())
+    maps = made.maps(patches, style, GRID).flatten(2)
+    mask = made.object_mask(patches)
+    for image in range(2):
+        for place in range(15):
+            distances = [float((patches[image, place] - c).norm()) for c in made.centres]
+            is_object = bool(made.is_object[distances.index(min(distances))])
+            assert bool(mask[image, place]) is is_object
+            assert float(maps[image, 0, place]) == float(not is_object)
+    assert 0 < mask.mean() < 1
+
+
+def test_maps__take_the_meaning_of_parts_from_anchors_only_when_anchored() -> None:
+    patches, style = learner().standardise(tokens())
+    for variant, same in (("anchored", True), ("paper", False)):
+        made = learner(variant=variant, background="none", class_share=0.0)
+        first, second = made.part_tokens(style)
+        assert torch.equal(first, second) is same
+    assert patches.shape == (2, 15, WIDTH)
+
+
+def test_maps__stay_in_float32_under_autocast() -> None:
+    made, given_tokens = learner(), tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        maps = made(given_tokens, GRID)
+    assert torch.equal(maps, made(given_tokens, GRID))
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+@pytest.mark.parametrize("pixel_decoder", [False, True])
+def test_state__of_the_paper_variant_has_no_anchors_and_comes_back(
+    background: str, pixel_decoder: bool
+) -> None:
+    changes = {"background": background, "pixel_decoder": pixel_decoder, "decoder_width": 8}
+    made = learner(0, variant="paper", **changes)
+    assert "anchors" not in made.state_dict()
+    other = learner(1, variant="paper", **changes)
+    assert not torch.equal(other(tokens(), GRID), made(tokens(), GRID))
+    other.load_state_dict(made.state_dict())
+    assert torch.equal(other(tokens(), GRID), made(tokens(), GRID))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_learning__moves_every_parameter(variant: str) -> None:
+    made = learner(variant=variant, pixel_decoder=True, decoder_width=8)
+    patches, style = made.standardise(tokens())
+    maps = made.maps(patches, style, GRID)
+    assert made.decoder is not None
+    rebuilt = rebuilt_features(maps.flatten(2), patches)
+    loss = (rebuilt - patches).square().mean() + diversity(maps.flatten(2)).mean()
+    (loss + (made.decoder(maps, style) - 1).square().mean()).backward()
+    gradients = {name: parameter.grad for name, parameter in made.named_parameters()}
+    assert [name for name, g in gradients.items() if g is None or not g.any()] == []
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_part_labels__are_the_lowest_of_the_largest(columns: list[list[int]]) -> None:
+    maps = torch.tensor(columns, dtype=torch.float32).T[None, :, None] / 3
+    labels, margin = part_labels(maps)
+    assert labels.dtype == torch.uint8
+    for place, column in enumerate(columns):
+        assert labels[0, 0, place] == column.index(max(column))
+        first, second = sorted(column)[:-3:-1]
+        assert margin[0, 0, place].item() == pytest.approx((first - second) / 3)
+
+
+@pytest.mark.parametrize("blur", [0.0, 0.7])
+def test_part_labels__are_sure_within_zero_and_one(blur: float) -> None:
+    labels, margin = part_labels(learner(blur=blur, temperature=0.001)(tokens(50), GRID))
+    assert labels.max() < 5
+    assert 0 <= margin.min() < margin.max() <= 1
+
+
+def test_part_labels__of_one_part_are_zero_and_sure() -> None:
+    labels, margin = part_labels(torch.ones(2, 1, 3, 4))
+    assert labels.shape == (2, 3, 4)
+    assert labels.dtype == torch.uint8
+    assert not labels.any()
+    assert (margin == 1).all()
+
+
+def test_part_labels__fit_the_largest_learner() -> None:
+    maps = torch.zeros(1, 251, 1, 251)
+    maps[0, range(251), 0, range(251)] = 1
+    assert part_labels(maps)[0].flatten().tolist() == list(range(251))
+
+
+@settings(max_examples=20, deadline=None)
+@given(parts=st.integers(1, 5), places=st.integers(1, 8), seed=st.integers(0, 99))
+def test_diversity__is_the_mean_cosine_of_pairs(parts: int, places: int, seed: int) -> None:
+    maps = random_maps(parts, places, seed)
+    for image, loss in zip(maps, diversity(maps), strict=True):
+        cosines = [
+            float(a @ b / a.norm() / b.norm())
+            for i, a in enumerate(image)
+            for j, b in enumerate(image)
+            if i != j
+        ]
+        expected = sum(cosines) / len(cosines) if cosines else 0.0
+        assert float(loss) == pytest.approx(expected, abs=1e-5)
+        assert -1e-6 <= float(loss) <= 1 + 1e-6
+
+
+def test_diversity__is_one_for_equal_and_zero_for_disjoint_maps() -> None:
+    equal = torch.rand(1, 1, 6).expand(1, 3, 6)
+    disjoint = torch.eye(3).repeat_interleave(2, dim=1)[None]
+    torch.testing.assert_close(diversity(equal), torch.ones(1))
+    assert diversity(disjoint).item() == 0
+    assert diversity(torch.zeros(1, 3, 6)).item() == 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(parts=st.integers(1, 5), places=st.integers(1, 8), seed=st.integers(0, 99))
+def test_rebuilt_features__of_hard_maps_are_the_means_of_parts(
+    parts: int, places: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, parts, (2, places), generator=generator)
+    features = torch.randn(2, places, 3, generator=generator)
+    maps = torch.nn.functional.one_hot(labels, parts).transpose(1, 2).float()
+    rebuilt = rebuilt_features(maps, features)
+    for image in range(2):
+        for place in range(places):
+            members = [q for q in range(places) if labels[image, q] == labels[image, place]]
+            mean = sum(features[image, q] for q in members) / len(members)
+            torch.testing.assert_close(rebuilt[image, place], mean, rtol=0, atol=1e-5)
+
+
+def test_rebuilt_features__of_soft_maps_are_weighted_means() -> None:
+    maps, features = random_maps(3, 4, 0), torch.randn(2, 4, 5)
+    rebuilt = rebuilt_features(maps, features)
+    for image in range(2):
+        for place in range(4):
+            expected = torch.zeros(5)
+            for part in maps[image]:
+                mean = sum(part[q] * features[image, q] for q in range(4)) / part.sum()
+                expected = expected + part[place] * mean
+            torch.testing.assert_close(rebuilt[image, place], expected, rtol=0, atol=1e-5)

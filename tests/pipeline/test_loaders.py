@@ -1,0 +1,267 @@
+from collections.abc import Sequence
+from contextlib import closing
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from semmae.errors import MissingError, SettingError
+from semmae.pipeline.crops import squash
+from semmae.pipeline.feeding import batches_of
+from semmae.pipeline.image_source import ImageSource
+from semmae.pipeline.loaders import AugmentedData, PretrainingData, SquashedData
+from semmae.pipeline.mask_policies import MaskSchedule
+from semmae.pipeline.masks import visible_count
+from semmae.pipeline.schedule import BatchSampler, Draw, Schedule
+from semmae.pipeline.sources import list_images
+
+GRID, PARTS, PATCH, SIDE = 8, 6, 8, 64
+PATCHES = (SIDE // PATCH) ** 2
+STEP = 40
+"""Levels of grey between the colours of two parts."""
+
+
+def painted(root: Path, count: int, bad: Sequence[int] = ()) -> NDArray[np.uint8]:
+    """Images of several sizes painted by their own maps, two classes; the maps."""
+    maps = np.random.default_rng(3).integers(0, PARTS, (count, GRID, GRID), dtype=np.uint8)
+    for number, places in enumerate(maps):
+        tall, wide = 12 + number % 3, 12 + number % 5
+        pixels = np.kron(places * STEP, np.ones((tall, wide), dtype=np.uint8))
+        place = root / "train" / "ab"[number % 2] / f"{number:03d}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).convert("RGB").save(place)
+        if number in bad:
+            place.write_bytes(b"broken")
+    order = [int(key.split("/")[-1][:3]) for key in list_images(root).keys]
+    return maps[order]
+
+
+class Example:
+    def __init__(self, root: Path, count: int = 24, bad: Sequence[int] = ()) -> None:
+        self.maps = painted(root, count, bad)
+        self.plan = list_images(root)
+        self.numbers = [int(key.split("/")[-1][:3]) for key in self.plan.keys]
+
+    def data(
+        self, policy: str = "semantic", alpha: float | None = 1.0, seed: int = 0, **other: Any
+    ) -> PretrainingData:
+        rows = other.pop("rows", np.arange(len(self.plan)))
+        masks = MaskSchedule(
+            policy=policy,
+            mask_ratio=other.pop("ratio", 0.5),
+            gamma=2.0,
+            start=0.0 if alpha is None else alpha,
+            end=1.0 if alpha is None else alpha,
+        )
+        labels = other.pop("labels", (self.maps, rows))
+        return PretrainingData(
+            ImageSource(self.plan, rows),
+            labels,
+            PARTS,
+            image_size=(SIDE, SIDE),
+            patch_size=PATCH,
+            masks=masks,
+            seed=seed,
+            **other,
+        )
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
+    return Example(tmp_path_factory.mktemp("painted"))
+
+
+def draws_of(count: int, epoch: int = 0) -> list[Draw]:
+    return [Draw(index, epoch, (epoch + index / count) / 10) for index in range(count)]
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def row(batch: dict[str, torch.Tensor], place: int) -> dict[str, torch.Tensor]:
+    return {name: values[place : place + 1] for name, values in batch.items()}
+
+
+def test_pretraining_data__has_the_shapes_it_says(example: Example) -> None:
+    batch = example.data(alpha=None).__getitems__(draws_of(5))
+    assert {n: (v.dtype, tuple(v.shape)) for n, v in batch.items()} == {
+        "images": (torch.uint8, (5, SIDE, SIDE, 3)),
+        "mask": (torch.bool, (5, PATCHES)),
+        "alpha": (torch.float32, (5,)),
+        "index": (torch.int64, (5,)),
+    }
+    assert batch["alpha"].tolist() == pytest.approx([(d.progress) ** 2 for d in draws_of(5)])
+
+
+@pytest.mark.parametrize("policy", ["semantic", "random"])
+def test_pretraining_data__makes_a_sample_of_seed_epoch_and_index_alone(
+    policy: str, example: Example
+) -> None:
+    data, draws = example.data(policy, alpha=None), draws_of(24)
+    whole = data.__getitems__(draws)
+    generator = np.random.default_rng(0)
+    for size in (1, 5, 24):
+        order = generator.permutation(24)[:size]
+        part = data.__getitems__([draws[place] for place in order])
+        for place, number in enumerate(order):
+            assert equal(row(part, place), row(whole, int(number)))
+    others = (
+        data.__getitems__([Draw(d.index, 1, d.progress) for d in draws]),
+        example.data(policy, alpha=None, seed=1).__getitems__(draws),
+    )
+    for other in others:
+        for name in ("images", "mask"):
+            differing = (other[name] != whole[name]).flatten(1).any(dim=1)
+            assert differing.float().mean() > 0.9
+
+
+# Three workers are more than a small machine has cores.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_pretraining_data__is_the_same_with_any_workers(example: Example) -> None:
+    schedule = Schedule(len(example.plan), 4, 2, 0.0, 0.1)
+    found = []
+    for workers in (0, 1, 3):
+        sampler = BatchSampler(schedule, 0, 2, 1)
+        data = example.data(alpha=None)
+        found.append(list(batches_of(data, sampler, workers, torch.device("cpu"))))
+    assert [len(batches) for batches in found] == [schedule.steps - 2] * 3
+    for batches in found[1:]:
+        assert all(equal(one, other) for one, other in zip(found[0], batches, strict=True))
+
+
+def parts_split_by(mask: torch.Tensor, images: torch.Tensor) -> tuple[list[int], float]:
+    """For each image the parts with masked and visible patches, seen in its pixels; and the share
+    of patches whose four middle pixels are of one part's colour."""
+    counts, clear = [], []
+    for pixels, row_mask in zip(images.numpy(), mask.numpy(), strict=True):
+        patches = pixels[..., 0].reshape(PATCH, PATCH, PATCH, PATCH)[:, 3:5, :, 3:5]
+        middle = patches.transpose(0, 2, 1, 3).reshape(PATCHES, 4).astype(int)
+        parts = np.rint(middle[:, 0] / STEP).astype(int)
+        pure = (abs(middle - parts[:, None] * STEP) <= 1).all(axis=1)
+        clear.append(pure.mean())
+        shown = [set(row_mask[pure & (parts == part)].tolist()) for part in range(PARTS)]
+        counts.append(sum(len(states) == 2 for states in shown))
+    return counts, float(np.mean(clear))
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_pretraining_data__moves_image_and_map_together(epoch: int, example: Example) -> None:
+    batch = example.data(alpha=1.0, crop_scale=(0.4, 1.0)).__getitems__(draws_of(24, epoch))
+    split, clear = parts_split_by(batch["mask"], batch["images"])
+    # Whole parts are masked; the last one is cut, so one part at most is half visible.
+    assert max(split) == 1
+    assert clear > 0.3
+    mirrored = batch["images"].flip(2)
+    assert np.mean(parts_split_by(batch["mask"], mirrored)[0]) > 2
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.75])
+@pytest.mark.parametrize("policy", ["semantic", "random"])
+def test_pretraining_data__masks_the_same_count_in_every_image(
+    policy: str, ratio: float, example: Example
+) -> None:
+    batch = example.data(policy, alpha=None, ratio=ratio).__getitems__(draws_of(24))
+    assert set((~batch["mask"]).sum(dim=1).tolist()) == {visible_count(PATCHES, ratio)}
+
+
+def test_pretraining_data__random_masks_do_not_follow_parts(example: Example) -> None:
+    draws = draws_of(24)
+    with_maps = example.data("random").__getitems__(draws)
+    without = example.data("random", labels=None).__getitems__(draws)
+    assert equal(with_maps, without)
+    assert np.mean(parts_split_by(without["mask"], without["images"])[0]) > 2
+
+
+def test_pretraining_data__refuses_parts_without_a_store(example: Example) -> None:
+    with pytest.raises(SettingError, match="--masking semantic needs --parts"):
+        example.data("semantic", labels=None)
+    with pytest.raises(SettingError, match="--masking is 'sematnic': expected one of"):
+        example.data("sematnic")
+
+
+def test_pretraining_data__fingerprint_follows_images_and_store(example: Example) -> None:
+    prints = {
+        example.data(**more).fingerprint[:12]
+        for more in (
+            {"store_fingerprint": "1"},
+            {"store_fingerprint": "2"},
+            {"store_fingerprint": "1", "rows": np.arange(3)},
+        )
+    }
+    assert len(prints) == 3
+    one, other = (example.data(store_fingerprint="1", seed=seed) for seed in (0, 1))
+    assert one.fingerprint == other.fingerprint
+
+
+def test_pretraining_data__never_draws_what_the_store_found_bad(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bad = [0, 7, 8, 11]
+    broken = Example(tmp_path, 12, bad)
+    good = np.array([row for row, number in enumerate(broken.numbers) if number not in bad])
+    data = broken.data(rows=good)
+    assert len(data) == 8
+    batch = data.__getitems__(draws_of(8))
+    assert max(parts_split_by(batch["mask"], batch["images"])[0]) == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_pretraining_data__takes_the_map_of_the_image_it_took(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = Example(tmp_path, 12, [2, 4])
+    batch = broken.data(crop_scale=(0.4, 1.0)).__getitems__(draws_of(12))
+    assert max(parts_split_by(batch["mask"], batch["images"])[0]) == 1
+    assert capfd.readouterr().err.count("skipped") == 2
+
+
+def test_pretraining_data__says_in_a_worker_that_nothing_can_be_read(tmp_path: Path) -> None:
+    broken = Example(tmp_path, 4, range(4))
+    sampler = BatchSampler(Schedule(4, 2, 1, 0.0, 0.1), 0, 0, 1)
+    with pytest.raises(MissingError, match="not one of 4 images"):
+        list(batches_of(broken.data(), sampler, 1, torch.device("cpu")))
+
+
+def test_batches_of__workers_share_parquet_that_was_loaded_once(tmp_path: Path) -> None:
+    pixels = [np.full((8, 8, 3), number, dtype=np.uint8) for number in range(40)]
+    encoded = []
+    for image in pixels:
+        stream = BytesIO()
+        Image.fromarray(image).save(stream, "PNG")
+        encoded.append(stream.getvalue())
+    table = pa.table({"image": pa.array(encoded, pa.binary())})
+    pq.write_table(table, tmp_path / "train-0.parquet")
+    data = SquashedData(ImageSource(list_images(tmp_path)), (4, 4))
+    sampler = BatchSampler(Schedule(40, 1, 2, 0.0, 0.1), 0, 0, 1)
+    with closing(batches_of(data, sampler, 2, torch.device("cpu"))) as batches:
+        found = [next(batches)]
+        # What the workers still read from disk from here on, they could not.
+        (tmp_path / "train-0.parquet").unlink()
+        found += batches
+    assert [int(b["images"][0, 0, 0, 0]) for b in found] == [int(b["index"]) for b in found]
+    assert len(found) == 80
+
+
+def test_squashed_data__holds_whole_images(example: Example) -> None:
+    images = ImageSource(example.plan)
+    batch = SquashedData(images, (16, 24)).__getitems__([Draw(5, 0, 0.0), Draw(1, 3, 0.5)])
+    assert batch["index"].tolist() == [5, 1]
+    for pixels, index in zip(batch["images"].numpy(), (5, 1), strict=True):
+        assert np.array_equal(pixels, squash(images.decoded(index), (16, 24)))
+
+
+def test_augmented_data__keeps_image_and_class_together(example: Example) -> None:
+    images = ImageSource(example.plan)
+    data, draws = AugmentedData(images, (16, 16), seed=4), draws_of(24, 2)
+    whole = data.__getitems__(draws)
+    assert whole["images"].shape == (24, 16, 16, 3)
+    assert whole["labels"].tolist() == [number % 2 for number in example.numbers]
+    assert equal(row(whole, 9), data.__getitems__([draws[9]]))

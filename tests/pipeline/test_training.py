@@ -1,0 +1,217 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from semmae.errors import DamageError
+from semmae.pipeline.feeding import Batch
+from semmae.pipeline.options import TrainingOptions
+from semmae.pipeline.runs import Run
+from semmae.pipeline.tasks import decay_groups
+from semmae.pipeline.training import fit
+from semmae.storage.checkpoints import checkpoints, load_checkpoint
+from semmae.tests.pipeline.tiny import (
+    BATCH,
+    EPOCHS,
+    PER_EPOCH,
+    STEPS,
+    KilledError,
+    TinyData,
+    TinyTask,
+    Whole,
+    log_of,
+    options,
+    points_of,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_fit__takes_the_learning_rate_of_the_schedule(whole: Whole) -> None:
+    peak = 0.5 * BATCH / 256
+    for step, rate in points_of(whole.run, "train/learning_rate"):
+        before = step - 1
+        expected = peak * (before + 1) / (PER_EPOCH + 1)
+        if before >= PER_EPOCH:
+            turn = (before - PER_EPOCH) / (STEPS - PER_EPOCH)
+            expected = peak * (1 + math.cos(math.pi * turn)) / 2
+        assert rate == pytest.approx(expected, rel=1e-6)
+
+
+# Numbers that are not finite.
+
+
+@pytest.mark.parametrize("step", [0, 7, PER_EPOCH * 2 - 1, STEPS - 1])
+def test_fit__saves_no_weight_that_is_not_finite(step: int, tmp_path: Path) -> None:
+    task, chosen = TinyTask(), options(tmp_path, log_steps=100, keep_checkpoints=0)
+    task.poison_at = step
+    with pytest.raises(DamageError, match=r"loss, gradient_norm is not finite"):
+        fit(task, chosen)
+    saved = checkpoints(tmp_path)
+    assert [done for done, _ in saved] == list(range(PER_EPOCH, step + 1, PER_EPOCH))
+    for _, path in saved:
+        weights = load_checkpoint(path)["model"]
+        assert all(bool(weight.isfinite().all()) for weight in weights.values())
+
+
+def test_fit__saves_no_weight_that_the_last_step_broke(tmp_path: Path) -> None:
+    class Overflowing(TinyTask):
+        def optimizer(self, rate: float, options: TrainingOptions) -> torch.optim.Optimizer:
+            class Breaking(torch.optim.SGD):
+                def step(self, closure: Any = None) -> None:  # type: ignore[override]
+                    self.param_groups[0]["params"][0].data.fill_(math.inf)
+
+            return Breaking(self.model.parameters(), lr=rate)
+
+    with pytest.raises(DamageError, match="weights is not finite"):
+        fit(Overflowing(), options(tmp_path, checkpoint_steps=1))
+    assert checkpoints(tmp_path) == []
+
+
+# What is written, and how a step is computed.
+
+
+def test_fit__logs_a_line_an_epoch_with_true_means(whole: Whole) -> None:
+    lines = log_of(whole.run)
+    assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1))
+    assert [line["step"] for line in lines] == list(range(PER_EPOCH, STEPS + 1, PER_EPOCH))
+    for epoch, line in enumerate(lines):
+        seen = whole.task.seen[epoch * PER_EPOCH : (epoch + 1) * PER_EPOCH]
+        assert line["loss"] == pytest.approx(np.mean([loss for _, loss in seen]), rel=1e-6)
+    assert points_of(whole.run, "train/loss")[-1][0] == STEPS
+
+
+def test_fit__keeps_what_was_asked(whole: Whole, tmp_path: Path) -> None:
+    assert [s for s, _ in checkpoints(whole.run)] == list(range(PER_EPOCH, STEPS + 1, PER_EPOCH))
+    fit(TinyTask(), options(tmp_path, checkpoint_steps=3, keep_checkpoints=3))
+    assert [s for s, _ in checkpoints(tmp_path)] == [15, 18, STEPS]
+    state = load_checkpoint(whole.path)
+    assert (state["kind"], state["step"], state["samples_seen"]) == ("tiny", STEPS, STEPS * BATCH)
+
+
+def test_fit__log_drops_lines_past_the_checkpoint(tmp_path: Path) -> None:
+    task, chosen = TinyTask(), options(tmp_path, checkpoint_epochs=3)
+    task.fails_at = 2 * PER_EPOCH + 1
+    with pytest.raises(KilledError):
+        fit(task, chosen)
+    assert len(log_of(tmp_path)) == 2
+    fit(TinyTask(), chosen)
+    assert [line["epoch"] for line in log_of(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_fit__hands_finish_epoch_a_model_in_evaluation(tmp_path: Path) -> None:
+    class Watching(TinyTask):
+        def finish_epoch(self, epoch: int, run: Run) -> dict[str, float]:
+            assert not self.model.training
+            assert run.step == epoch * PER_EPOCH
+            torch.manual_seed(99)
+            torch.rand(5)
+            run.picture("noise", np.zeros((4, 4, 3), dtype=np.uint8))
+            return {"epoch_twice": 2.0 * epoch, "undefined": math.nan}
+
+    plain, watching = TinyTask(), Watching()
+    fit(plain, options(tmp_path / "plain"))
+    fit(watching, options(tmp_path / "watching"))
+    assert watching.seen == plain.seen
+    lines = log_of(tmp_path / "watching")
+    assert [line["epoch_twice"] for line in lines] == [2.0, 4.0, 6.0, 8.0]
+    assert lines[0]["undefined"] is None
+
+
+def test_fit__runs_in_bf16_on_the_cpu(tmp_path: Path) -> None:
+    kinds = []
+
+    class Watching(TinyTask):
+        def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            kinds.append(self.model(batch["x"]).dtype)
+            return super().loss(batch)
+
+    path = fit(Watching(), options(tmp_path, precision="bf16", epochs=1))
+    assert set(kinds) == {torch.bfloat16}
+    assert {w.dtype for w in load_checkpoint(path)["model"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_fit__clips_gradients_as_torch_does(clip: float, tmp_path: Path) -> None:
+    class Watching(TinyTask):
+        gradients: list[float]
+
+        def optimizer(self, rate: float, options: TrainingOptions) -> torch.optim.Optimizer:
+            self.gradients, task = [], self
+
+            class Recording(torch.optim.SGD):
+                def step(self, closure: Any = None) -> None:  # type: ignore[override]
+                    found = [p.grad for p in task.model.parameters() if p.grad is not None]
+                    task.gradients.append(float(nn.utils.get_total_norm(found)))
+                    super().step(closure)
+
+            return Recording(self.model.parameters(), lr=rate)
+
+    task = Watching()
+    fit(task, options(tmp_path, clip_gradients=clip, epochs=1, log_steps=1))
+    told = [norm for _, norm in points_of(tmp_path, "train/gradient_norm")]
+    for norm, used in zip(told, task.gradients, strict=True):
+        assert used == pytest.approx(min(norm, clip) if clip else norm, rel=1e-3)
+
+
+def test_fit__reads_no_tensor_between_two_points_of_the_log(tmp_path: Path) -> None:
+    reads: list[int] = []
+
+    class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                reads.append(1)
+            return func(*args, **(kwargs or {}))
+
+    class Quiet(TinyTask):
+        def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            value = (self.model(batch["x"]).squeeze(1) - batch["x"].sum(1)).square().mean()
+            return value, {"index": batch["index"].float().mean()}
+
+        def optimizer(self, rate: float, options: TrainingOptions) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.model.parameters(), lr=rate, foreach=True)
+
+    counts = []
+    for images in (40, 80):
+        reads.clear()
+        with Counting():  # type: ignore[no-untyped-call]
+            fit(
+                Quiet(TinyData(images=images)),
+                options(tmp_path / str(images), log_steps=1000, epochs=1, clip_gradients=1.0),
+            )
+        counts.append(len(reads))
+    assert counts[0] == counts[1] > 0
+
+
+def test_fit__warns_of_a_warm_up_longer_than_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(TinyTask(), options(tmp_path, warmup_epochs=5.0))
+    assert "--warmup-epochs 5 is more than --epochs 4" in capsys.readouterr().err
+
+
+def test_decay_groups__spare_biases_norms_and_tokens() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.class_token = nn.Parameter(torch.zeros(1, 1, 8))
+            self.patches = nn.Conv2d(3, 8, 4)
+            self.norm = nn.LayerNorm(8)
+            self.head = nn.Linear(8, 2)
+            self.positions = nn.Parameter(torch.zeros(1, 5, 8), requires_grad=False)
+
+    network = Network()
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    decayed, spared = (
+        {names[id(p)] for p in group["params"]} for group in decay_groups(network, 0.05)
+    )
+    assert decayed == {"patches.weight", "head.weight"}
+    assert spared == {"class_token", "patches.bias", "norm.weight", "norm.bias", "head.bias"}
+    assert [group["weight_decay"] for group in decay_groups(network, 0.05)] == [0.05, 0.0]

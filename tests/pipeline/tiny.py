@@ -1,0 +1,135 @@
+"""A task of two layers on made-up data, for tests of the trainer."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from semmae.pipeline.feeding import Batch
+from semmae.pipeline.options import TrainingOptions
+from semmae.pipeline.randomness import Purpose, streams, uniforms
+from semmae.pipeline.schedule import Draw
+from semmae.pipeline.tasks import Task
+from semmae.storage.checkpoints import load_checkpoint
+
+IMAGES, BATCH, EPOCHS = 22, 4, 4
+PER_EPOCH = IMAGES // BATCH
+STEPS = PER_EPOCH * EPOCHS
+
+
+class KilledError(RuntimeError):
+    pass
+
+
+class TinyData:
+    def __init__(self, seed: int = 0, images: int = IMAGES) -> None:
+        self.seed, self.images, self.fingerprint = seed, images, f"{images:064d}"
+        self.fails_at: int | None = None
+        self.error: Exception = KilledError("data")
+        self.warmed = 0
+
+    def __len__(self) -> int:
+        return self.images
+
+    def warm(self) -> None:
+        self.warmed += 1
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        index = np.array([draw.index for draw in draws])
+        epoch = np.array([draw.epoch for draw in draws])
+        progress = np.array([draw.progress for draw in draws])
+        if self.fails_at is not None and progress[0] * STEPS >= self.fails_at - 1e-9:
+            raise self.error
+        x = uniforms(streams(self.seed, Purpose.CROP, epoch, index), 6)
+        return {
+            "x": torch.from_numpy(x).float(),
+            "index": torch.from_numpy(index),
+            "epoch": torch.from_numpy(epoch),
+            "progress": torch.from_numpy(progress),
+        }
+
+
+class TinyTask(Task):
+    kind = "tiny"
+
+    def __init__(self, data: TinyData | None = None, dropout: float = 0.3, width: int = 8) -> None:
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, width)
+        self.model: nn.Sequential = nn.Sequential(
+            self.first, nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 1)
+        )
+        self.data: TinyData = data or TinyData()
+        self.architecture = {"width": width, "shape": (6, width)}
+        self.seen: list[tuple[list[tuple[int, int, float]], float]] = []
+        self.fails_at: int | None = None
+        self.poison_at: int | None = None
+        self.calls = 0
+        self.losses: list[Tensor] = []
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.calls == self.fails_at:
+            raise KilledError("loss")
+        value = (self.model(batch["x"]).squeeze(1) - batch["x"].sum(1)).float().square().mean()
+        if self.calls == self.poison_at:
+            value = value * math.nan
+        self.calls += 1
+        columns = (batch[name].tolist() for name in ("index", "epoch", "progress"))
+        self.seen.append((list(zip(*columns, strict=True)), float(value.detach())))
+        return value, {"draw_mean": batch["index"].float().mean()}
+
+
+def options(output: Path, **changes: Any) -> TrainingOptions:
+    settings: dict[str, Any] = {
+        "output": output,
+        "epochs": EPOCHS,
+        "batch_size": BATCH,
+        "base_learning_rate": 0.5,
+        "warmup_epochs": 1.0,
+        "device": "cpu",
+        "loader_workers": 0,
+        "log_steps": 3,
+    }
+    return TrainingOptions(**{**settings, **changes})
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key in value for k, v in flat(value[key], f"{name}.{key}").items()}
+    if isinstance(value, list | tuple):
+        return {k: v for i, item in enumerate(value) for k, v in flat(item, f"{name}.{i}").items()}
+    return {name: value}
+
+
+def same(one: Path, other: Path, but: tuple[str, ...] = ("options",)) -> bool:
+    first, second = (
+        flat({k: v for k, v in load_checkpoint(p).items() if k not in but}) for p in (one, other)
+    )
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name]
+        for name, value in first.items()
+    )
+
+
+def log_of(run: Path, *without: str) -> list[dict[str, Any]]:
+    timings = {"seconds", "data_wait", "images_per_second", *without}
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
+
+
+def points_of(run: Path, name: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+@dataclasses.dataclass
+class Whole:
+    run: Path
+    path: Path
+    task: TinyTask

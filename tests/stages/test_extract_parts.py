@@ -1,0 +1,176 @@
+import io
+import shutil
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from semmae.errors import DamageError, MismatchError, SettingError
+from semmae.stages.extract_parts import ExtractionWorker, ExtractPartsOptions, extract_parts
+from semmae.stages.pretrain import pretrain, pretraining_data
+from semmae.storage.part_store import PartStore
+from semmae.tests.world import World, learn_options, pretrain_options
+
+
+def options_for(world: World, output: Path, **changes: object) -> ExtractPartsOptions:
+    plain = ExtractPartsOptions(data=world.data, learner=world.learner, output=output)
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def lasting_bytes(store: Path) -> dict[str, bytes]:
+    """Every file of a store but those that differ from run to run."""
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in sorted(store.rglob("*"))
+        if path.is_file() and path.relative_to(store).parts[0] not in ("runs", "cache")
+    }
+
+
+def with_size(png: bytes, side: int) -> bytes:
+    """A PNG whose header says that it is ``side`` x ``side``, with a right checksum."""
+    header = png[12:16] + side.to_bytes(4, "big") * 2 + png[24:29]
+    return png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
+
+
+def add_bad_images(data: Path) -> dict[str, str]:
+    """Put bad images among the good ones; their keys with the code expected of each."""
+    folder = sorted((data / "train").iterdir())[0]
+    good = sorted(folder.iterdir())[0].read_bytes()
+    jpeg = io.BytesIO()
+    Image.effect_noise((64, 64), 40).convert("RGB").save(jpeg, format="JPEG")
+    files = {
+        "a-truncated.jpg": (jpeg.getvalue()[: len(jpeg.getvalue()) // 2], "truncated"),
+        "b-empty.jpg": (b"", "empty"),
+        "c-text.jpg": (b"not an image at all\n", "not-an-image"),
+        "d-nothing.png": (with_size(good, 0), "no-pixels"),
+        "e-bomb.png": (with_size(good, 60_000), "too-large"),
+    }
+    for name, (content, _) in files.items():
+        (folder / name).write_bytes(content)
+    return {f"train/{folder.name}/{name}": code for name, (_, code) in files.items()}
+
+
+def test_extract_parts__ray_workers_write_the_same_bytes_as_none(
+    world: World, tmp_path: Path
+) -> None:
+    extract_parts(options_for(world, tmp_path / "ray", workers=2))
+    here, there = lasting_bytes(world.store), lasting_bytes(tmp_path / "ray")
+    assert here.keys() == there.keys()
+    assert [name for name in here if here[name] != there[name]] == []
+
+
+def test_extract_parts__every_patch_of_every_image_has_a_part(world: World) -> None:
+    store = PartStore.open(world.store)
+    assert store.identity.images == 72
+    assert store.labels().shape == (72, 4, 4)
+    assert store.ok().all()
+    assert int(np.asarray(store.labels()).max()) < store.identity.parts
+
+
+def test_extract_parts__meta_opens_in_pandas(world: World) -> None:
+    meta = pd.read_parquet(world.store / "meta")
+    assert len(meta) == 72
+    assert meta["key"].is_unique
+    assert meta["confidence"].between(0, 1).all()
+    areas = np.stack(meta["part_areas"].to_list())
+    np.testing.assert_allclose(areas.sum(axis=1), 1, atol=1e-6)
+
+
+def test_extract_parts__bad_images_are_rows_and_never_reach_pretraining(
+    world: World, tmp_path: Path
+) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(world.data, data)
+    bad = add_bad_images(data)
+    record = extract_parts(options_for(world, tmp_path / "store", data=str(data)))
+    assert (record["ok"], record["bad"]) == (72, len(bad))
+    meta = pd.read_parquet(tmp_path / "store" / "meta").set_index("key")
+    for key, code in bad.items():
+        row = meta.loc[key]
+        assert row["status"] == "bad"
+        assert row["error"]
+        assert row["error_code"] == code
+    found = meta[meta["status"] == "bad"]
+    assert set(found.index) == set(bad)
+    moved = replace(world, root=world.root)
+    options = pretrain_options(moved, tmp_path / "run", data=str(data), masking="semantic")
+    options = replace(options, parts=tmp_path / "store")
+    assert len(pretraining_data(options)) == 72
+    assert pretrain(options).is_file()
+
+
+def test_extract_parts__bad_images_leave_the_maps_of_others_alone(
+    world: World, tmp_path: Path
+) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(world.data, data)
+    add_bad_images(data)
+    extract_parts(options_for(world, tmp_path / "store", data=str(data)))
+    here, there = PartStore.open(world.store), PartStore.open(tmp_path / "store")
+    place = {key: row for row, key in enumerate(there.meta(["key"])["key"].to_pylist())}
+    rows = [place[key] for key in here.meta(["key"])["key"].to_pylist()]
+    # Their neighbours in the batch are others now; the network's last bits may follow, no more.
+    same = np.asarray(here.labels()) == np.asarray(there.labels())[rows]
+    assert same.mean() > 0.999
+
+
+class Stops(ExtractionWorker):
+    """A worker that breaks off at its second shard."""
+
+    def __call__(self, shard: int) -> dict[str, object]:
+        if shard == 1:
+            raise KeyboardInterrupt
+        return super().__call__(shard)
+
+
+def test_extract_parts__an_interrupted_run_ends_as_one_that_was_not(
+    world: World, tmp_path: Path
+) -> None:
+    options = options_for(world, tmp_path / "store")
+    with pytest.raises(KeyboardInterrupt):
+        extract_parts(options, lambda: Stops(options, world.data))
+    with pytest.raises(DamageError, match="not complete"):
+        PartStore.open(tmp_path / "store")
+    extract_parts(options)
+    assert lasting_bytes(tmp_path / "store") == lasting_bytes(world.store)
+
+
+def test_extract_parts__another_learner_is_refused(world: World, tmp_path: Path) -> None:
+    from semmae.stages.learn_parts import learn_parts
+
+    learn_parts(learn_options(world, tmp_path / "other", seed=9))
+    before = lasting_bytes(world.store)
+    with pytest.raises(MismatchError, match="learner_hash"):
+        extract_parts(options_for(world, world.store, learner=tmp_path / "other"))
+    assert lasting_bytes(world.store) == before
+
+
+def test_extract_parts__other_images_are_refused(world: World, tmp_path: Path) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(world.data, data)
+    next((data / "train").rglob("*.png")).unlink()
+    with pytest.raises(MismatchError, match="images"):
+        extract_parts(options_for(world, world.store, data=str(data)))
+
+
+def test_extract_parts__more_workers_than_fit_are_refused(world: World, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="--workers is 640"):
+        extract_parts(options_for(world, tmp_path / "store", workers=640))
+
+
+def test_extract_parts__a_part_store_of_a_single_parquet_file(world: World, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = sorted(Path(world.data, "train").rglob("*.png"))[:40]
+    column = [{"bytes": image.read_bytes(), "path": image.name} for image in images]
+    table = pa.table({"image": column, "label": pa.array([0] * len(images), pa.int64())})
+    pq.write_table(table, tmp_path / "some.parquet")
+    record = extract_parts(
+        options_for(world, tmp_path / "store", data=str(tmp_path / "some.parquet"))
+    )
+    assert (record["ok"], record["bad"]) == (40, 0)

@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from semmae.errors import MismatchError, MissingError, SettingError
+from semmae.models.encoders import Tokens
+from semmae.stages.learn_parts import learn_parts, started_learner, vote_for_objects
+from semmae.stages.networks import open_encoder, open_learner, save_encoder
+from semmae.storage.checkpoints import load_checkpoint
+from semmae.tests.world import World, learn_options
+
+
+def test_vote_for_objects__finds_the_attended_middle() -> None:
+    assigned = np.zeros((5, 16), dtype=np.int64)
+    assigned[:, [5, 6, 9, 10]] = 1
+    attention = np.where(assigned == 1, 0.1, 0.02).astype(np.float32)
+    assert vote_for_objects(assigned, attention, (4, 4), 2).tolist() == [False, True]
+
+
+def test_started_learner__anchors_lie_on_the_clusters_of_the_data(
+    world: World, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    directions = torch.eye(8)[:3] * 10
+    assigned = torch.randint(0, 3, (20, 16))
+    patches = directions[assigned] + 0.1 * torch.randn(20, 16, 8)
+    tokens = Tokens(torch.randn(20, 8), patches, torch.full((20, 2, 16), 1 / 17))
+    learner = started_learner(tokens, (4, 4), learn_options(world, tmp_path, background="none"))
+    maps = learner(tokens, (4, 4))
+    found = maps.argmax(dim=1).flatten(1)
+    pairs = {(int(a), int(b)) for a, b in zip(assigned.ravel(), found.ravel(), strict=True)}
+    # Each cluster of the data is one part nearly everywhere: the blur mixes at borders.
+    counts = torch.zeros(3, 3)
+    for a, b in zip(assigned.ravel(), found.ravel(), strict=True):
+        counts[a, b] += 1
+    assert pairs
+    assert sorted(counts.argmax(dim=1).tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("variant", ["anchored", "paper"])
+def test_learn_parts__both_variants_train_and_open(
+    world: World, tmp_path: Path, variant: str
+) -> None:
+    learn_parts(learn_options(world, tmp_path / "run", variant=variant, pixel_weight=0.5))
+    trained = open_learner(tmp_path / "run")
+    assert trained.grid == (4, 4)
+    assert trained.learner.architecture.variant == variant
+    assert (tmp_path / "run" / "pictures" / "parts-epoch-0001.png").is_file()
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    maps = trained.learner(trained.encoder(images), trained.grid)
+    torch.testing.assert_close(maps.sum(dim=1), torch.ones(2, 4, 4))
+
+
+def test_learn_parts__goes_on_to_the_same_weights(world: World, tmp_path: Path) -> None:
+    whole = load_checkpoint(learn_parts(learn_options(world, tmp_path / "whole", epochs=2)))
+    options = learn_options(
+        world, tmp_path / "cut", epochs=2, checkpoint_steps=1, keep_checkpoints=0
+    )
+    learn_parts(options)
+    for path in sorted((tmp_path / "cut" / "checkpoints").iterdir())[3:]:
+        path.unlink()
+    again = load_checkpoint(learn_parts(options))
+    for name, value in whole["model"].items():
+        assert torch.equal(value, again["model"][name]), name
+
+
+def test_learn_parts__other_settings_in_the_same_folder_are_refused(
+    world: World, tmp_path: Path
+) -> None:
+    learn_parts(learn_options(world, tmp_path / "run"))
+    with pytest.raises(MismatchError, match="temperature"):
+        learn_parts(learn_options(world, tmp_path / "run", temperature=0.2))
+
+
+def test_learn_parts__a_missing_encoder_is_named(world: World, tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="no encoder at nowhere"):
+        learn_parts(learn_options(world, tmp_path, encoder="nowhere"))
+
+
+def test_learn_parts__nothing_to_rebuild_is_refused(world: World, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="nothing would be rebuilt"):
+        learn_options(world, tmp_path, feature_weight=0.0, pixel_weight=0.0)
+
+
+def test_save_encoder__opens_to_the_same_features(world: World, tmp_path: Path) -> None:
+    encoder = open_encoder(str(world.encoder))
+    save_encoder(encoder, tmp_path / "encoder.safetensors")
+    again = open_encoder(str(tmp_path / "encoder.safetensors"))
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    assert torch.equal(encoder(images).patches, again(images).patches)
+    assert torch.equal(encoder(images).attention, again(images).attention)
