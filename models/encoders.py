@@ -100,7 +100,7 @@ class FrozenEncoder(nn.Module):
         """
         model, seen = self.transformer, []
         attention = model.blocks[-1].attn
-        # Fused attention keeps no weights: the last block's input is kept to make them again.
+        # Fused attention keeps no weights: what it is given is kept to make them again.
         hook = attention.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
         try:
             tokens = model.forward_features(normalise(images, self.mean, self.std))
@@ -221,6 +221,7 @@ def untrained(encoder: FrozenEncoder, seed: int) -> FrozenEncoder:
     fixed = sincos_positions(encoder.width, model.patch_embed.grid_size)[:, -positions.shape[1] :]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
+        # The init_weights of older timm leaves alone what can reset itself.
         for module in model.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()

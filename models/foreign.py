@@ -90,9 +90,9 @@ def transformer_of(
     """
     weights = encoder_weights(state)
     architecture = state.get("architecture")
-    if isinstance(architecture, Mapping):
+    if isinstance(architecture, Mapping) and architecture.keys() >= {"heads", "image_size"}:
         heads = heads or int(architecture["heads"])
-        image_size = tuple(architecture["image_size"])
+        image_size = tuple(architecture["image_size"]) if image_size == (0, 0) else image_size
     needed = ("pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
     _refuse_misfits(name, [f"{tensor} is missing" for tensor in needed if tensor not in weights])
     width, _, patch_size, _ = weights["patch_embed.proj.weight"].shape

@@ -94,8 +94,8 @@ def test_architecture__counts_channels_and_tokens(
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"parts": 0}, "--parts is 0"),
-        ({"parts": 251}, "--parts is 251"),
+        ({"parts": 0}, "--num-parts is 0"),
+        ({"parts": 251}, "--num-parts is 251"),
         ({"temperature": 0.0}, "--temperature is 0.0"),
         ({"blur": -1.0}, "--blur -1.0"),
         ({"clusters": 1}, "--clusters is 1"),
@@ -161,6 +161,7 @@ def test_maps__move_with_the_patches(variant: str, background: str) -> None:
     torch.testing.assert_close(other, maps[..., order], rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
 def test_maps__of_the_voted_background_follow_the_clusters() -> None:
     made = learner(blur=0.0)
     patches, style = made.standardise(tokens())

@@ -230,7 +230,16 @@ def test_pretraining_data__says_in_a_worker_that_nothing_can_be_read(tmp_path: P
         list(batches_of(broken.data(), sampler, 1, torch.device("cpu")))
 
 
-def test_batches_of__workers_share_parquet_that_was_loaded_once(tmp_path: Path) -> None:
+def test_batches_of__workers_share_parquet_that_was_loaded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, trace = pq.ParquetFile, tmp_path / "opened"
+
+    def traced(place: Path, **settings: Any) -> pq.ParquetFile:
+        with trace.open("a") as opened:
+            opened.write("once\n")
+        return original(place, **settings)
+
     pixels = [np.full((8, 8, 3), number, dtype=np.uint8) for number in range(40)]
     encoded = []
     for image in pixels:
@@ -241,11 +250,10 @@ def test_batches_of__workers_share_parquet_that_was_loaded_once(tmp_path: Path) 
     pq.write_table(table, tmp_path / "train-0.parquet")
     data = SquashedData(ImageSource(list_images(tmp_path)), (4, 4))
     sampler = BatchSampler(Schedule(40, 1, 2, 0.0, 0.1), 0, 0, 1)
+    monkeypatch.setattr(pq, "ParquetFile", traced)
     with closing(batches_of(data, sampler, 2, torch.device("cpu"))) as batches:
-        found = [next(batches)]
-        # What the workers still read from disk from here on, they could not.
-        (tmp_path / "train-0.parquet").unlink()
-        found += batches
+        found = list(batches)
+    assert trace.read_text() == "once\n"
     assert [int(b["images"][0, 0, 0, 0]) for b in found] == [int(b["index"]) for b in found]
     assert len(found) == 80
 
