@@ -1,6 +1,7 @@
 """Batches from loader workers to the trainer."""
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Generator
 from typing import Any, Protocol, runtime_checkable
@@ -49,7 +50,8 @@ def batches_of(
     Args:
         data: Where they come from.
         sampler: Which draws.
-        workers: Processes that make them ahead of their use; 0 makes them when asked.
+        workers: Processes that make them ahead of their use, at most one a processor; 0 makes
+            them when asked.
         device: Where they go; for a GPU they are put into pinned memory.
 
     Yields:
@@ -60,6 +62,8 @@ def batches_of(
     """
     if isinstance(data, Warming):
         data.warm()
+    # More processes than processors only take turns.
+    workers = min(workers, os.cpu_count() or 1)
     # Forked workers share what lies in memory; elsewhere than on Linux a fork is not safe.
     context = multiprocessing.get_context("fork") if workers and sys.platform == "linux" else None
     loader: DataLoader[Any] = DataLoader(

@@ -69,6 +69,7 @@ FREE_ON_RESUME = frozenset(
     {
         "output",
         "data",
+        "parts",
         "device",
         "loader_workers",
         "resume",
@@ -79,8 +80,8 @@ FREE_ON_RESUME = frozenset(
         "accumulation",
     }
 )
-"""Options that may differ when a run goes on: what is computed does not follow from them (data
-are compared by fingerprint)."""
+"""Options that may differ when a run goes on: what is computed does not follow from them (images
+and part store are compared by fingerprint, so they may have moved)."""
 
 
 def plain_options(options: object) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import SettingError
+from ..errors import MismatchError, SettingError
 from ..models.encoders import FrozenEncoder, Tokens
 from ..models.parts import (
     PartArchitecture,
@@ -327,6 +327,18 @@ def _cluster(tokens: NDArray[np.float32], clusters: int, seed: int) -> KMeans:
     return KMeans(clusters, n_init=3, random_state=seed).fit(tokens[np.sort(chosen)])
 
 
+def _recorded_learner(path: Path) -> PartLearner:
+    """The learner of a checkpoint, shaped by what its start found: the vote, above all."""
+    state = load_checkpoint(path)
+    if state.get("kind") != PartLearning.kind:
+        raise MismatchError(
+            f"{path.parent.parent} holds a run of kind {state.get('kind')!r}: choose another "
+            "--output for the part learner"
+        )
+    record = {k: v for k, v in state["architecture"].items() if k != "image_size"}
+    return PartLearner(PartArchitecture(**record))
+
+
 def learn_parts(options: LearnPartsOptions) -> Path:
     """Learn parts, or go on where an earlier call was interrupted.
 
@@ -340,11 +352,8 @@ def learn_parts(options: LearnPartsOptions) -> Path:
     encoder = open_encoder(options.encoder)
     size = image_size_of(options.image_size, encoder.native_size, encoder.patch_size)
     found = checkpoints(options.output)
-    state = load_checkpoint(found[-1][1]) if found else {}
-    if state.get("kind") == "parts":
-        # The start is on record: what the vote found, and where k-means began.
-        record = {k: v for k, v in state["architecture"].items() if k != "image_size"}
-        learner = PartLearner(PartArchitecture(**record))
+    if found:
+        learner = _recorded_learner(found[-1][1])
     else:
         encoder.to(choose_device(options.device))
         tokens = sample_tokens(encoder, images, size, options.sample_images, options.seed)

@@ -91,3 +91,10 @@ def test_save_encoder__opens_to_the_same_features(world: World, tmp_path: Path) 
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     assert torch.equal(encoder(images).patches, again(images).patches)
     assert torch.equal(encoder(images).attention, again(images).attention)
+
+
+def test_learn_parts__a_folder_of_another_run_is_left_alone(world: World) -> None:
+    before = sorted(world.encoder.rglob("*"))
+    with pytest.raises(MismatchError, match="pretraining"):
+        learn_parts(learn_options(world, world.encoder))
+    assert sorted(world.encoder.rglob("*")) == before
