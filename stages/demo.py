@@ -34,7 +34,7 @@ class DemoOptions:
     output: Annotated[Path, "Folder for all that the demo makes."] = Path("demo")
     train: Annotated[int, "Training images."] = 3000
     val: Annotated[int, "Validation images."] = 600
-    epochs: Annotated[int, "Epochs of pretraining."] = 20
+    epochs: Annotated[int, "Epochs of pretraining."] = 12
     workers: Annotated[int, "Ray actors for the extraction; 0 does without Ray."] = 2
     bootstrap: Annotated[
         bool, "Pretrain the encoder here, with random masks, instead of taking the one shipped."
@@ -104,7 +104,7 @@ def demo(options: DemoOptions) -> None:
         "learning parts on the frozen encoder",
         lambda: learn_parts(
             LearnPartsOptions(
-                data=data, encoder=str(encoder), output=learner, loader_workers=1, epochs=8
+                data=data, encoder=str(encoder), output=learner, loader_workers=1, epochs=4
             )
         ),
     )
@@ -123,7 +123,7 @@ def demo(options: DemoOptions) -> None:
     step(
         "linear probe",
         lambda: linear(
-            LinearOptions(checkpoint=run, data=data, output=results, cached_views=1, batch_size=256)
+            LinearOptions(checkpoint=run, data=data, output=results, cached_views=1, batch_size=128)
         ),
     )
     labels = out / "creatures" / "labels"
