@@ -45,6 +45,8 @@ class PartArchitecture:
         pixel_decoder: Whether there is an AdaIN decoder to pixels.
         decoder_width: C of its first layer.
         decoder_noise: Per-layer noise in it.
+        places: Places of the grid whose mean token is taken off each token there; 0 takes off one
+            mean for all places.
     """
 
     width: int
@@ -58,6 +60,7 @@ class PartArchitecture:
     pixel_decoder: bool = False
     decoder_width: int = 64
     decoder_noise: bool = False
+    places: int = 0
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be.
@@ -93,9 +96,10 @@ class PartArchitecture:
 class PartLearner(nn.Module):
     """Part tokens, their attention maps, and what is rebuilt from them.
 
-    Buffers ``token_mean`` and ``token_std`` (D) standardise patch tokens over the data set,
-    ``class_mean`` and ``class_std`` class tokens; ``centres`` (C, D) and ``is_object`` (C) hold
-    the background vote.  `stages.learn_parts` sets them, and the anchors, before training.
+    Buffers ``token_mean`` (D, or L x D where the mean of each place is taken off) and
+    ``token_std`` (D) standardise patch tokens over the data set, ``class_mean`` and ``class_std``
+    class tokens; ``centres`` (C, D) and ``is_object`` (C) hold the background vote.
+    `stages.learn_parts` sets them, and the anchors, before training.
 
     Args:
         architecture: Shapes.
@@ -126,6 +130,8 @@ class PartLearner(nn.Module):
         for name in ("token", "class"):
             self.register_buffer(f"{name}_mean", torch.zeros(shape.width))
             self.register_buffer(f"{name}_std", torch.ones(shape.width))
+        if shape.places:
+            self.token_mean = torch.zeros(shape.places, shape.width)
         clusters = shape.clusters if shape.background == "voted" else 0
         self.register_buffer("centres", torch.zeros(clusters, shape.width))
         self.register_buffer("is_object", torch.zeros(clusters))

@@ -54,8 +54,7 @@ def map_shards(
         worker = make_worker()
         yield from (dict(worker(shard)) for shard in shards)
         return
-    # Read when Ray is first imported: without them it talks, and hides GPUs from actors that ask
-    # for none of their own.
+    # Read when Ray is first imported; without them it fills the terminal with notices.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)

@@ -44,6 +44,10 @@ OBJECT_SHARE = (0.1, 0.6)
 found something else, and parts are learned without it."""
 
 
+POSITION_SHARE = 0.5
+"""Share of the tokens' variance that place may explain before parts would be places."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LearnPartsOptions(TrainingOptions):
     """Settings of `learn_parts`."""
@@ -62,6 +66,11 @@ class LearnPartsOptions(TrainingOptions):
         "How the background is set apart; auto: voted if anchored, a part token if paper.",
     ] = "auto"
     clusters: Annotated[int, "Clusters of patch tokens that vote for the background."] = 24
+    positions: Annotated[
+        Literal["auto", "keep", "remove"],
+        "The mean token of each place: remove it, or keep it; auto: remove where place explains "
+        "more than half of what differs between tokens.",
+    ] = "auto"
     class_share: Annotated[float, "Weight of the class-token term in anchored part tokens."] = 0.2
     temperature: Annotated[float, "Of the softmax over parts."] = 0.1
     blur: Annotated[float, "Standard deviation of the blur of the maps, patches."] = 0.7
@@ -268,8 +277,10 @@ def started_learner(
         options: The learner's settings.
     """
     patches, width = tokens.patches, tokens.patches.shape[2]
-    flat = patches.reshape(-1, width)
-    mean, std = flat.mean(0), flat.std(0) + 1e-6
+    mean = patches.mean(dim=(0, 1))
+    if _positions_go(patches, options):
+        mean = patches.mean(dim=0)
+    std = (patches - mean).flatten(0, 1).std(0) + 1e-6
     standard = ((patches - mean) / std).numpy()
     background = options.background_kind
     if background == "voted":
@@ -298,6 +309,7 @@ def started_learner(
         pixel_decoder=options.weights[1] > 0,
         decoder_width=options.decoder_width,
         decoder_noise=options.decoder_noise,
+        places=len(mean) if mean.ndim == 2 else 0,
     )
     torch.manual_seed(options.seed)
     learner = PartLearner(architecture)
@@ -314,6 +326,31 @@ def started_learner(
         centres = _cluster(of_parts, architecture.tokens, options.seed).cluster_centers_
         learner.anchors.data.copy_(torch.from_numpy(centres))
     return learner
+
+
+def position_share(patches: Tensor) -> float:
+    """Share of the variance of patch tokens (B, L, D) that their place explains, 0 to 1."""
+    mean = patches.mean(dim=(0, 1))
+    explained = (patches.mean(dim=0) - mean).square().mean()
+    return float(explained / (patches - mean).square().mean().clamp_min(1e-12))
+
+
+def _positions_go(patches: Tensor, options: LearnPartsOptions) -> bool:
+    """Whether the mean token of each place is taken off.
+
+    Ours.  Tokens of a masked autoencoder are mostly position (two thirds of their variance), and
+    k-means of them finds a grid of cells; those of encoders trained to recognise are not.
+    """
+    if options.positions != "auto":
+        return options.positions == "remove"
+    share = position_share(patches)
+    if share > POSITION_SHARE:
+        print(
+            f"place explains {share:.0%} of what differs between the encoder's tokens: taking the "
+            "mean token of each place off",
+            file=sys.stderr,
+        )
+    return share > POSITION_SHARE
 
 
 def _cluster(tokens: NDArray[np.float32], clusters: int, seed: int) -> KMeans:

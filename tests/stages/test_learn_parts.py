@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,12 @@ import torch
 
 from semmae.errors import MismatchError, MissingError, SettingError
 from semmae.models.encoders import Tokens
-from semmae.stages.learn_parts import learn_parts, started_learner, vote_for_objects
+from semmae.stages.learn_parts import (
+    learn_parts,
+    position_share,
+    started_learner,
+    vote_for_objects,
+)
 from semmae.stages.networks import open_encoder, open_learner, save_encoder
 from semmae.storage.checkpoints import load_checkpoint
 from semmae.tests.world import World, learn_options
@@ -98,3 +104,30 @@ def test_learn_parts__a_folder_of_another_run_is_left_alone(world: World) -> Non
     with pytest.raises(MismatchError, match="pretraining"):
         learn_parts(learn_options(world, world.encoder))
     assert sorted(world.encoder.rglob("*")) == before
+
+
+def test_position_share__is_the_variance_that_place_explains() -> None:
+    torch.manual_seed(0)
+    content, place = torch.randn(400, 16, 8), torch.randn(16, 8)
+    assert position_share(content) < 0.01
+    assert position_share(place.expand(5, 16, 8)) == pytest.approx(1)
+    mixed = content + 2 * (place - place.mean(0)) / place.std(correction=0)
+    assert position_share(mixed) == pytest.approx(0.8, abs=0.05)
+
+
+def test_started_learner__takes_positions_off_where_they_are_most_of_the_tokens(
+    world: World, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    place = 5 * torch.randn(16, 8)
+    tokens = Tokens(
+        torch.randn(60, 8), torch.randn(60, 16, 8) + place, torch.full((60, 2, 16), 0.1)
+    )
+    options = learn_options(world, tmp_path, background="none")
+    learner = started_learner(tokens, (4, 4), options)
+    assert learner.architecture.places == 16
+    patches, _ = learner.standardise(tokens)
+    assert patches.mean(dim=0).abs().max() < 1e-4
+    kept = started_learner(tokens, (4, 4), replace(options, positions="keep"))
+    assert kept.architecture.places == 0
+    assert kept.standardise(tokens)[0].mean(dim=0).abs().max() > 0.5
