@@ -42,6 +42,10 @@ SHARED_KEYS = ("data", "encoder", "learner", "parts", "device", "seed")
 """What ``[shared]`` may say; each command takes those that it has."""
 
 
+WRITTEN_BY = {"learner": "stage1.learn-parts", "parts": "stage1.extract-parts"}
+"""Shared keys that name the output of a command."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Registered:
     """A command: where its options dataclass is, and what it does with them."""
@@ -178,8 +182,13 @@ def _with_flags(table: str, registered: _Registered) -> Any:
         dry = given.pop("dry_run")
         resolved = resolve(table, registered.options, given)
         _print_configuration(table, resolved)
-        if not dry:
+        if dry:
+            return
+        try:
             registered.run(resolved)
+        except KeyboardInterrupt:
+            print("semmae: interrupted; the same command goes on from there", file=sys.stderr)
+            raise typer.Exit(130) from None
 
     parameters = []
     for field, (kind, text, default) in _fields(registered.options).items():
@@ -209,39 +218,50 @@ def read_settings(path: Path = SETTINGS_FILE) -> dict[str, Any]:
         content = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(f"{path} is no valid TOML: {error}") from error
+    except OSError as error:
+        raise SettingError(f"{path} cannot be read: {error.strerror}") from error
     tables = _flattened(content)
     for table, values in tables.items():
-        if table != "shared" and table not in COMMANDS:
-            known = ", ".join(sorted(COMMANDS))
-            raise SettingError(f"{path}: unknown table [{table}]; expected [shared] or {known}")
         fields = SHARED_KEYS if table == "shared" else tuple(_fields(COMMANDS[table].options))
-        unknown = sorted(key for key in values if key.replace("-", "_") not in fields)
-        if unknown:
-            raise SettingError(
-                f"{path}: [{table}] has no key {', '.join(unknown)}; there are {', '.join(fields)}"
-            )
         spelt = [key.replace("-", "_") for key in values]
+        unknown = sorted(set(spelt) - set(fields))
+        if unknown:
+            known = ", ".join(field.replace("_", "-") for field in fields)
+            raise SettingError(
+                f"{path}: [{table}] has no key {', '.join(unknown)}; there are {known}"
+            )
         doubled = sorted({key for key in spelt if spelt.count(key) > 1})
         if doubled:
             raise SettingError(f"{path}: [{table}] says {', '.join(doubled)} twice, with - and _")
+    for key, table in WRITTEN_BY.items():
+        read, written = tables.get("shared", {}).get(key), tables.get(table, {}).get("output")
+        if read is not None and written is not None and read != written:
+            raise SettingError(
+                f"{path}: [shared] {key} = {read!r} contradicts [{table}] output = {written!r}: "
+                "what one command writes there, the next reads; make them the same"
+            )
     return tables
 
 
 def _flattened(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Tables by dotted name; refuses those that no command reads."""
     tables: dict[str, dict[str, Any]] = {}
-    loose = [key for key, value in content.items() if not isinstance(value, dict)]
-    if loose:
-        raise SettingError(
-            f"{SETTINGS_FILE}: {', '.join(loose)} stands outside a table; put it under [shared]"
-        )
     for name, value in content.items():
-        if name == "shared" or f"{name}" in COMMANDS:
+        if not isinstance(value, dict):
+            raise SettingError(
+                f"{SETTINGS_FILE}: {name} stands outside a table; put it under [shared]"
+            )
+        if name == "shared" or name in COMMANDS:
             tables[name] = value
             continue
-        loose = [key for key, inner in value.items() if not isinstance(inner, dict)]
-        if loose:
-            raise SettingError(f"{SETTINGS_FILE}: [{name}] has no key {', '.join(loose)}")
-        tables.update({f"{name}.{inner}": values for inner, values in value.items()})
+        inner = {f"{name}.{key}": values for key, values in value.items()}
+        unknown = [key for key in inner if key not in COMMANDS] or ([] if inner else [name])
+        if unknown:
+            known = ", ".join(sorted(COMMANDS))
+            raise SettingError(
+                f"{SETTINGS_FILE}: nothing reads {', '.join(unknown)}; expected tables for {known}"
+            )
+        tables.update(inner)
     return tables
 
 
@@ -442,6 +462,3 @@ def main() -> None:
     except UserError as error:
         print(f"semmae: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("semmae: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)

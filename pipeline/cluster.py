@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..errors import SettingError, UserError
 
 ShardWorker = Callable[[int], Mapping[str, Any]]
@@ -98,7 +100,8 @@ def _over_actors(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    resources = _resources(placement)
+    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    resources = _resources(placement, there.get("GPU", 0), there.get("CPU", 0))
     found = ray.data.from_items(
         [{"shard": int(shard)} for shard in shards], override_num_blocks=len(shards)
     ).map_batches(
@@ -124,13 +127,22 @@ class _ShardActor:
         return {"record": [json.dumps(dict(self._worker(int(shard)))) for shard in batch["shard"]]}
 
 
-def _resources(placement: Placement) -> dict[str, Any]:
-    """What each actor takes; refuses more actors than a fixed machine or cluster has room for."""
-    import ray
+def refuse_without_room(placement: Placement) -> None:
+    """Refuse more workers than this machine has room for, before anything is started.
 
-    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    What a cluster has is known, and checked, once it is joined.
+
+    Raises:
+        SettingError: There are more workers than GPUs (times workers a GPU), or than processors
+            where there is no GPU.
+    """
+    if placement.workers and placement.address is None:
+        _resources(placement, torch.cuda.device_count(), os.cpu_count() or 1)
+
+
+def _resources(placement: Placement, gpus: float, cpus: float) -> dict[str, Any]:
+    """What each actor takes; refuses more actors than there is room for."""
     resources: dict[str, Any]
-    gpus, cpus = total.get("GPU", 0), total.get("CPU", 0)
     if gpus:
         room, share = int(gpus * placement.workers_per_gpu), 1 / placement.workers_per_gpu
         resources, unit = {"num_gpus": share, "num_cpus": 0.0}, f"{gpus:.0f} GPUs"

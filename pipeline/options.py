@@ -9,12 +9,20 @@ from typing import Annotated, Any, Literal
 import torch
 
 from ..errors import MismatchError, SettingError
+from .schedule import Schedule
 
 
 def require(holds: bool, name: str, value: object, expected: str) -> None:
     """Raise a `SettingError` that names the option, unless the condition holds."""
     if not holds:
         raise SettingError(f"{_flag(name)} is {value}: expected {expected}")
+
+
+def require_finite(options: object) -> None:
+    """Raise a `SettingError` that names the first option that is NaN or infinite."""
+    for field in fields(options):  # type: ignore[arg-type]
+        value = getattr(options, field.name)
+        require(not isinstance(value, float) or math.isfinite(value), field.name, value, "finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +55,15 @@ class TrainingOptions:
         Raises:
             SettingError: A field is out of range; the message names it and its value.
         """
+        require_finite(self)
         for name in ("epochs", "batch_size", "accumulation", "checkpoint_epochs", "log_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("loader_workers", "seed", "checkpoint_steps", "keep_checkpoints"):
-            require(0 <= getattr(self, name) < 2**63, name, getattr(self, name), "0 or more")
+            require(0 <= getattr(self, name) < 2**63, name, getattr(self, name), "0 to 2**63 - 1")
         for name in ("warmup_epochs", "weight_decay", "clip_gradients"):
-            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         rate = self.base_learning_rate
-        require(0 < rate < math.inf, "base_learning_rate", rate, "above 0, and finite")
+        require(rate > 0, "base_learning_rate", rate, "above 0")
         expected = "auto, fp32 or bf16"
         require(self.precision in ("auto", "fp32", "bf16"), "precision", self.precision, expected)
         require(
@@ -62,6 +71,21 @@ class TrainingOptions:
             "accumulation",
             self.accumulation,
             f"a divisor of --batch-size {self.batch_size}",
+        )
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate at the end of the warm-up."""
+        return self.base_learning_rate * self.batch_size / 256
+
+    def schedule(self, images: int) -> Schedule:
+        """The steps of a run over so many images.
+
+        Raises:
+            SettingError: They do not fill one batch.
+        """
+        return Schedule(
+            images, self.batch_size, self.epochs, self.warmup_epochs, self.peak_learning_rate
         )
 
 
@@ -131,8 +155,10 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise SettingError(f"--device is {name}: expected auto, cpu, cuda or cuda:N") from error
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise SettingError(f"--device is {name}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingError(
             f"--device is {name}, but there are {torch.cuda.device_count()} CUDA devices here: "

@@ -1,6 +1,7 @@
 """What the trainer is told of a thing to train."""
 
 import abc
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,13 +48,19 @@ class Task(abc.ABC):
         fused = next(self.model.parameters()).device.type == "cuda"
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=fused)
 
+    def begin(self, folder: Path) -> None:  # noqa: B027 (most tasks have nothing to do)
+        """Called once the folder is found fit for the run, before its first step."""
+
     def finish_epoch(self, epoch: int, run: Run) -> dict[str, float]:
         """Called after each epoch (from 1): draw pictures, validate; figures go into the log."""
         return {}
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices decay; biases, norms and single tokens do not."""
+    """Two parameter groups: matrices decay; biases, norms and single tokens do not.
+
+    Ours: the released code lets the class and the mask token decay.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     vectors = [p for p in trained if p.squeeze().ndim <= 1]
     matrices = [p for p in trained if p.squeeze().ndim > 1]

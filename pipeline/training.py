@@ -57,13 +57,11 @@ def fit(task: Task, options: TrainingOptions) -> Path:
             cannot be read.
     """
     device = choose_device(options.device)
-    peak = options.base_learning_rate * options.batch_size / 256
-    schedule = Schedule(
-        len(task.data), options.batch_size, options.epochs, options.warmup_epochs, peak
-    )
+    schedule = options.schedule(len(task.data))
+    refuse_foreign_folder(options.output, task.kind)
     state = _state_to_resume(task, options)
     task.place(device)
-    optimizer = task.optimizer(peak, options)
+    optimizer = task.optimizer(options.peak_learning_rate, options)
     if state is not None:
         _load(task, optimizer, state, options.output)
     if options.warmup_epochs > options.epochs:
@@ -73,6 +71,7 @@ def fit(task: Task, options: TrainingOptions) -> Path:
             file=sys.stderr,
         )
     _write_options(task, options)
+    task.begin(options.output)
     run = Run(options.output, state["step"] if state else 0)
     with contextlib.closing(run):
         training = _Training(task, options, schedule, optimizer, run, device)
@@ -91,7 +90,6 @@ def _state_to_resume(task: Task, options: TrainingOptions) -> dict[str, Any] | N
             "or choose another --output"
         )
     if not found:
-        _refuse_kind(_recorded_kind(options.output), task, options.output)
         return None
     path = found[-1][1]
     try:
@@ -99,7 +97,7 @@ def _state_to_resume(task: Task, options: TrainingOptions) -> dict[str, Any] | N
     except DamageError as error:
         before = f"go on from {found[-2][1].name}" if len(found) > 1 else "begin again"
         raise DamageError(f"{error}; remove that file to {before}") from error
-    _refuse_kind(state.get("kind", "unknown"), task, options.output)
+    _refuse_kind(str(state.get("kind")), task.kind, options.output)
     now = plain_options(options)
     refuse_difference(options.output, task.kind, state["options"], now, options=True)
     architecture = state["architecture"]
@@ -113,18 +111,38 @@ def _state_to_resume(task: Task, options: TrainingOptions) -> dict[str, Any] | N
     return state
 
 
-def _recorded_kind(folder: Path) -> str | None:
-    """Kind of a run that wrote no checkpoint yet, None where there is none."""
-    try:
-        return str(read_json(folder / "options.json").get("kind"))
-    except UserError:
-        return None
+def refuse_foreign_folder(folder: Path, kind: str) -> None:
+    """Refuse to train into a folder that holds something else.
+
+    Args:
+        folder: Where a run is to go; it may be absent, empty, or hold a run of this kind.
+        kind: Of the task.
+
+    Raises:
+        MismatchError: It holds a run of another kind.
+        SettingError: It is a file, or holds things that are no run.
+    """
+    if folder.is_file():
+        raise SettingError(f"{folder} is a file: name a folder as --output")
+    if checkpoints(folder):
+        return
+    options: Mapping[str, Any] = {}
+    with contextlib.suppress(UserError):
+        options = read_json(folder / "options.json")
+    if "kind" in options:
+        _refuse_kind(str(options["kind"]), kind, folder)
+    held = [entry.name for entry in folder.glob("*") if not entry.name.startswith(".")]
+    if held and "options.json" not in held:
+        raise SettingError(
+            f"{folder} is not empty and holds no run ({', '.join(sorted(held)[:3])}...): "
+            "name a new or empty folder as --output"
+        )
 
 
-def _refuse_kind(kind: str | None, task: Task, folder: Path) -> None:
-    if kind not in (None, task.kind):
+def _refuse_kind(kind: str, wanted: str, folder: Path) -> None:
+    if kind != wanted:
         raise MismatchError(
-            f"{folder} holds a run of kind {kind!r}, this is {task.kind!r}: choose another --output"
+            f"{folder} holds a run of kind {kind!r}, this is {wanted!r}: choose another --output"
         )
 
 

@@ -5,6 +5,7 @@ the kind; parts learned on it; part maps extracted by Ray workers; a masked auto
 with semantic-guided masks; evaluations; pictures.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -80,6 +81,7 @@ def demo(options: DemoOptions) -> None:
     began = time.monotonic()
     out, data = options.output, str(options.output / "creatures" / "images")
     learner, store, results = out / "learner", out / "parts", out / "results"
+    workers = min(options.workers, os.cpu_count() or 1)
 
     def step(text: str, run: Callable[[], object]) -> None:
         print(f"\n[{time.monotonic() - began:4.0f} s] {text}", file=sys.stderr, flush=True)
@@ -104,14 +106,19 @@ def demo(options: DemoOptions) -> None:
         "learning parts on the frozen encoder",
         lambda: learn_parts(
             LearnPartsOptions(
-                data=data, encoder=str(encoder), output=learner, loader_workers=1, epochs=4
+                data=data,
+                encoder=str(encoder),
+                output=learner,
+                loader_workers=1,
+                epochs=4,
+                seed=options.seed,
             )
         ),
     )
     step(
-        f"extracting part maps with {options.workers} workers",
+        f"extracting part maps with {workers} workers",
         lambda: extract_parts(
-            ExtractPartsOptions(data=data, learner=learner, output=store, workers=options.workers)
+            ExtractPartsOptions(data=data, learner=learner, output=store, workers=workers)
         ),
     )
     step(

@@ -1,5 +1,6 @@
 """`semmae stage1 extract-parts`: run a trained part learner over a data set into a part store."""
 
+import dataclasses
 import functools
 import sys
 import time
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..errors import SettingError
 from ..models.parts import part_labels
-from ..pipeline.cluster import Placement, map_shards
+from ..pipeline.cluster import Placement, map_shards, refuse_without_room
 from ..pipeline.crops import squash
 from ..pipeline.decoding import BadImage, decode_image
 from ..pipeline.options import choose_device, plain_options, require
@@ -29,7 +30,14 @@ from ..pipeline.sources import ImageReader, Split, list_images
 from ..storage.files import write_json
 from ..storage.part_identity import META_SCHEMA, StoreIdentity, shard_size_for
 from ..storage.part_records import read_plan
-from ..storage.part_writer import committed_shards, complete_store, create_store, write_shard
+from ..storage.part_writer import (
+    committed_shards,
+    complete_store,
+    create_store,
+    damaged_shards,
+    uncommit,
+    write_shard,
+)
 from .networks import TrainedLearner, open_learner
 
 
@@ -238,23 +246,27 @@ def extract_parts(
         SettingError: The machine has no room for the workers.
         DamageError: A finished shard was damaged meanwhile.
     """
-    plan = list_images(options.data, options.split)
-    trained = open_learner(options.learner)
-    create_store(options.output, identity_of(options, plan, trained), plan.table, plan.class_names)
-    identity = read_plan(options.output)[0]
-    done = committed_shards(options.output)
-    todo = [shard for shard in range(identity.shards) if shard not in done]
     placement = Placement(
         workers=options.workers,
         workers_per_gpu=options.workers_per_gpu,
         address=options.address,
     )
+    refuse_without_room(placement)
+    plan = list_images(options.data, options.split)
+    trained = open_learner(options.learner)
+    create_store(options.output, identity_of(options, plan, trained), plan.table, plan.class_names)
+    identity = read_plan(options.output)[0]
+    if not (options.output / "complete.json").exists():
+        # What an interrupted run left may have been altered since; what is damaged is done again.
+        uncommit(options.output, damaged_shards(options.output))
+    done = committed_shards(options.output)
+    todo = [shard for shard in range(identity.shards) if shard not in done]
     started = datetime.now(UTC)
     finished = sum(stop - start for start, stop in map(identity.shard_range, done))
     bad = 0
     if todo:
         make = make_worker or functools.partial(
-            ExtractionWorker, options, str(Path(plan.root).resolve())
+            ExtractionWorker, _from_anywhere(options), str(Path(plan.root).absolute())
         )
         with Progress("extracting parts", identity.images, "image", finished) as progress:
             for record in map_shards(make, todo, placement):
@@ -268,6 +280,13 @@ def extract_parts(
             f"the error columns of {options.output / 'meta'} say why"
         )
     return complete
+
+
+def _from_anywhere(options: ExtractPartsOptions) -> ExtractPartsOptions:
+    """The same settings for a worker whose working folder is another one."""
+    return dataclasses.replace(
+        options, output=options.output.absolute(), learner=options.learner.absolute()
+    )
 
 
 def _record_run(

@@ -43,7 +43,7 @@ output = {results}
 [eval.linear]
 checkpoint = {run}
 output = {results}
-
+{small_linear}
 [parts.show]
 output = {part_picture}
 
@@ -81,12 +81,14 @@ def initialise(options: InitialiseOptions) -> Path:
     images = len(list_images(options.data, "train"))
     work = options.work
     batch = f"# batch-size = {DEFAULT_BATCH}\n"
-    small_learn = ""
+    small_learn = small_linear = ""
     if images < 8 * DEFAULT_BATCH:
         fitting = 1 << max((images // 8).bit_length() - 1, 0)
         batch = f"batch-size = {fitting}  # the paper's 4096 is for ImageNet's 1.28 million\n"
         if fitting < 64:
             small_learn = f"batch-size = {fitting}\n"
+        if images < 1024:
+            small_linear = f"batch-size = {max(fitting, 2)}\n"
     text = TEMPLATE.format(
         data=_quoted(options.data),
         images=images,
@@ -99,6 +101,7 @@ def initialise(options: InitialiseOptions) -> Path:
         mask_picture=_quoted(work / "masks.png"),
         batch=batch,
         small_learn=small_learn,
+        small_linear=small_linear,
     )
     write_atomically(options.output, text.encode())
     return options.output

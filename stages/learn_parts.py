@@ -31,7 +31,7 @@ from ..pipeline.runs import Run
 from ..pipeline.schedule import Draw
 from ..pipeline.sources import Split, list_images
 from ..pipeline.tasks import Task
-from ..pipeline.training import fit
+from ..pipeline.training import fit, refuse_foreign_folder
 from ..storage.checkpoints import checkpoints, load_checkpoint
 from .networks import ENCODER_FILE, image_size_of, open_encoder, save_encoder
 from .pictures import colours_of, overlay, pairs_sheet, save_picture
@@ -96,6 +96,14 @@ class LearnPartsOptions(TrainingOptions):
         for name in ("clusters", "sample_images", "decoder_width"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.image_size >= 0, "image_size", self.image_size, "0 or more")
+        for name in ("diversity_weight", "class_share"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(0 <= self.blur <= 8, "blur", self.blur, "0 to 8 patches")
+        for name, weight in zip(("feature_weight", "pixel_weight"), self.weights, strict=True):
+            require(weight >= 0, name, weight, "0 or more")
+        PartArchitecture(
+            width=1, parts=self.num_parts, clusters=self.clusters, temperature=self.temperature
+        )
         if self.weights == (0.0, 0.0):
             raise SettingError(
                 "--feature-weight and --pixel-weight are both 0: nothing would be rebuilt"
@@ -134,6 +142,11 @@ class PartLearning(Task):
         self._grid = tuple(side // encoder.patch_size for side in image_size)
         self.architecture = {**learner.architecture.to_record(), "image_size": list(image_size)}
         self._examples = _first_images(data, 16)
+
+    def begin(self, folder: Path) -> None:
+        """Keep the encoder beside the learner."""
+        if not checkpoints(folder):
+            save_encoder(self.encoder, folder / ENCODER_FILE)
 
     def place(self, device: torch.device) -> None:
         """Move learner and encoder."""
@@ -385,16 +398,17 @@ def learn_parts(options: LearnPartsOptions) -> Path:
     Returns:
         The last checkpoint.  The output folder is what ``--learner`` takes.
     """
+    refuse_foreign_folder(options.output, PartLearning.kind)
     images = ImageSource(list_images(options.data, options.split))
-    encoder = open_encoder(options.encoder)
-    size = image_size_of(options.image_size, encoder.native_size, encoder.patch_size)
+    options.schedule(len(images))  # refuses what cannot be before anything is encoded
     found = checkpoints(options.output)
-    if found:
-        learner = _recorded_learner(found[-1][1])
-    else:
+    learner = _recorded_learner(found[-1][1]) if found else None
+    # A run goes on with the encoder that it began with, whatever the path holds now.
+    encoder = open_encoder(str(options.output / ENCODER_FILE) if found else options.encoder)
+    size = image_size_of(options.image_size, encoder.native_size, encoder.patch_size)
+    if learner is None:
         encoder.to(choose_device(options.device))
         tokens = sample_tokens(encoder, images, size, options.sample_images, options.seed)
         grid = (size[0] // encoder.patch_size, size[1] // encoder.patch_size)
         learner = started_learner(tokens, grid, options)
-        save_encoder(encoder, options.output / ENCODER_FILE)
     return fit(PartLearning(encoder, learner, SquashedData(images, size), options, size), options)

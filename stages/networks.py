@@ -1,5 +1,6 @@
 """Networks from what users name: ``--encoder``, ``--checkpoint``, ``--learner``."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -46,13 +47,22 @@ def _encoder_of(state: dict[str, Any], name: str) -> FrozenEncoder:
             f"{name} is a part learner: expected an encoder, such as the run it was learned on"
         )
     if isinstance(state.get("architecture"), str):  # the metadata of a safetensors file
-        state = {**state, "architecture": json.loads(state["architecture"])}
+        state = {**state, "architecture": _shape_in(state["architecture"])}
     if "timm" in state:
         encoder = timm_encoder(state["timm"], pretrained=False)
         encoder.transformer.load_state_dict(state["model"])
         encoder.name = name
         return encoder
     return build_encoder(state, name)
+
+
+def _shape_in(metadata: str) -> dict[str, Any] | None:
+    """Heads and image size that `save_encoder` wrote; None for what others keep under the name."""
+    with contextlib.suppress(ValueError):
+        record = json.loads(metadata)
+        if isinstance(record, dict) and {"heads", "image_size"} <= record.keys():
+            return record
+    return None
 
 
 def save_encoder(encoder: FrozenEncoder, path: Path) -> None:
@@ -84,7 +94,7 @@ class TrainedLearner:
         encoder: The frozen encoder it was learned on.
         learner: The part learner, in evaluation mode.
         image_size: Pixels down and across that images are squashed to.
-        hash: SHA-256 over both weight files.
+        hash: SHA-256 over the SHA-256 of both weight files.
     """
 
     encoder: FrozenEncoder
@@ -120,9 +130,8 @@ def open_learner(folder: Path) -> TrainedLearner:
     learner = PartLearner(PartArchitecture(**record)).eval()
     learner.load_state_dict(state["model"])
     learner.requires_grad_(False)
-    return TrainedLearner(
-        encoder, learner, (height, width), f"{file_hash(path)}{file_hash(encoder_path)}"
-    )
+    both = hashlib.sha256(f"{file_hash(path)}{file_hash(encoder_path)}".encode()).hexdigest()
+    return TrainedLearner(encoder, learner, (height, width), both)
 
 
 def open_autoencoder(run: Path) -> MaskedAutoencoder:

@@ -61,7 +61,7 @@ class PretrainOptions(TrainingOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
         super().__post_init__()
-        require(0 <= self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "from 0 to below 1")
+        require(0 < self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "above 0, below 1")
         require(0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "above 0, at most 1")
         require(self.gamma > 0, "gamma", self.gamma, "above 0")
         for name in ("alpha_start", "alpha_end"):

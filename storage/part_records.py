@@ -25,7 +25,7 @@ from .files import read_checked, read_json
 from .part_identity import VERSION, StoreIdentity
 from .part_shards import array_specs
 
-WAY_OUT = "run `semmae stage1 extract-parts` again with the same --output"
+WAY_OUT = "run `semmae stage1 extract-parts` again with the same --output, which mends it"
 """How a user mends a store that is not complete; ends an error message."""
 
 

@@ -220,7 +220,7 @@ class PartStore:
             if place.startswith(folder) and not (
                 found.is_file() and found.stat().st_size == known["size"]
             ):
-                raise DamageError(f"{found} is missing or cut; run `semmae parts repair`")
+                raise DamageError(f"{found} is missing or cut; {WAY_OUT}")
         metadata = f"{folder}zarr.json"
         read_checked(self.path / metadata, self._plan["objects"][metadata])
         return zarr.open_array(self.path / folder, mode="r")

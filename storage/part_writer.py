@@ -291,8 +291,7 @@ def complete_store(path: Path) -> dict[str, Any]:
             uncommit(path, ())
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise DamageError(
-            f"the part store {path} is not complete: {'; '.join(faults[:8])}{more}; {WAY_OUT}, "
-            "after `semmae parts repair` if anything is damaged"
+            f"the part store {path} is not complete: {'; '.join(faults[:8])}{more}; {WAY_OUT}"
         )
     _sweep(path)
     record = {

@@ -110,6 +110,32 @@ def test_cli__too_many_workers_are_one_sentence(semmae: Command, world: World) -
     assert_one_sentence(outcome, "--workers is 640", "CPU")
 
 
+def test_cli__an_interrupted_command_says_how_to_go_on(
+    semmae: Command, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from semmae.stages import pretrain
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "fit", interrupted)
+    outcome = semmae(
+        *("stage2", "pretrain", "--data", world.data, "--masking", "random", "--output", "run")
+    )
+    assert outcome.code == 130
+    assert_one_sentence(outcome, "goes on")
+
+
+def test_cli__too_many_workers_leave_no_half_made_store(
+    semmae: Command, world: World, tmp_path: Path
+) -> None:
+    semmae(
+        *("stage1", "extract-parts", "--data", world.data, "--learner", world.learner),
+        *("--output", "store", "--workers", "640"),
+    )
+    assert not (tmp_path / "store").exists()
+
+
 def test_cli__missing_flags_are_named(semmae: Command) -> None:
     assert_one_sentence(semmae("stage1", "extract-parts"), "--data", "--learner", "--output")
 
@@ -143,8 +169,10 @@ def test_settings__flag_over_table_over_shared(semmae: Command, tmp_path: Path) 
     ("text", "words"),
     [
         ("[stage2.pretrain]\ngama = 3\n", ["[stage2.pretrain]", "gama"]),
-        ("[stage2.pretrian]\ngamma = 3\n", ["[stage2.pretrian]"]),
-        ("[stage3]\nx = 3\n", ["[stage3]", "x"]),
+        ("[stage2.pretrian]\ngamma = 3\n", ["stage2.pretrian"]),
+        ("[stage3]\nx = 3\n", ["stage3.x"]),
+        ("[stage3]\n", ["stage3"]),
+        ('[shared]\nparts = "a"\n[stage1.extract-parts]\noutput = "b"\n', ["'a'", "'b'"]),
         ("gamma = 3\n", ["gamma", "[shared]"]),
         ("[shared]\ngamma = 3\n", ["[shared]", "gamma"]),
         ('[stage2.pretrain]\ngamma = "three"\n', ["gamma", "'three'", "float"]),
@@ -173,7 +201,10 @@ def test_init__its_file_runs_the_commands_as_they_stand(
     )
     text = text.replace("[stage1.learn-parts]", "[stage1.learn-parts]\nepochs = 1\nclusters = 12")
     (tmp_path / "semmae.toml").write_text(text)
-    for command in ("stage1 learn-parts", "stage1 extract-parts", "stage2 pretrain", "eval knn"):
+    for command in (
+        *("stage1 learn-parts", "stage1 extract-parts", "stage2 pretrain"),
+        *("eval knn", "eval linear --epochs 2 --warmup-epochs 1", "parts show", "masks show"),
+    ):
         outcome = semmae(*command.split())
         assert outcome.code == 0, outcome.err
     assert (tmp_path / "work" / "parts" / "complete.json").is_file()
