@@ -56,8 +56,7 @@ def map_shards(
         worker = make_worker()
         yield from (dict(worker(shard)) for shard in shards)
         return
-    # Read when Ray is first imported; without them it fills the terminal with notices.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Read when Ray is first imported; without it Ray begins with a notice.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
