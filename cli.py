@@ -419,16 +419,17 @@ def _rerun(results: Annotated[Path, typer.Argument(help="Results folder.")]) -> 
 
     table = rerun(results)
     print(table.to_string(index=False, float_format="%.2f"))
-    if table["new"].isna().any():
+    if not table["measured"].all():
         raise MissingError(f"some evaluations in {results} could not be run again: see the notes")
 
 
 @groups["eval"].command("table")
 def _table(results: Annotated[Path, typer.Argument(help="Results folder.")]) -> None:
     """Print the results on record."""
-    from .stages.evals.history import results_table
+    from .stages.evals.history import results_tables
 
-    print(results_table(results).to_string(index=False, float_format="%.2f"))
+    for kind, table in results_tables(results).items():
+        print(f"{kind}\n{table.to_string(index=False, float_format='%.2f')}\n")
 
 
 @groups["parts"].command("info")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ..pipeline.options import require
-from .evals.history import results_table
+from .evals.history import newest_results
 from .evals.knn import KnnOptions, knn
 from .evals.linear import LinearOptions, linear
 from .evals.parts import PartsOptions, evaluate_parts
@@ -153,8 +153,7 @@ def demo(options: DemoOptions) -> None:
 def _finish(options: DemoOptions, seconds: float) -> None:
     """Print the table of results, and name what is worth opening."""
     out = options.output
-    table = results_table(out / "results").drop(columns=["date", "seed", "checkpoint"])
-    text = table.set_index("kind").T.to_string(na_rep="", float_format="%.1f")
+    text = newest_results(out / "results").to_string(na_rep="", float_format="%.1f")
     (out / "results.txt").write_text(text + "\n")
     print(f"\n{text}\n\nDone in {seconds / 60:.1f} minutes. Worth opening:")
     newest = sorted((out / "semmae" / "pictures").glob("*.png"))[-1]

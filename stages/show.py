@@ -15,9 +15,9 @@ from ..pipeline.decoding import BadImage, decode_image
 from ..pipeline.mask_policies import POLICIES, MaskRequest
 from ..pipeline.masks import visible_count
 from ..pipeline.options import require
-from ..pipeline.plan import Plan
 from ..pipeline.randomness import Purpose, streams
 from ..pipeline.sources import ImageReader, Split, list_images
+from ..pipeline.stored_images import store_images
 from ..storage.part_store import PartStore
 from .networks import open_autoencoder
 from .pictures import colours_of, enlarged, masked, overlay, pairs_sheet, save_picture, sheet
@@ -25,6 +25,11 @@ from .pretrain import PICTURED, reconstruction_picture
 
 SIDE = 128
 """Pixels of each image on a contact sheet."""
+
+
+def _require_png(output: Path) -> None:
+    expected = "a file whose name ends in .png"
+    require(output.suffix.lower() == ".png", "output", output, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,9 @@ class ShowPartsOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
+        _require_png(self.output)
         require(self.images >= 1, "images", self.images, "at least 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +93,8 @@ def parts_info(path: Path) -> dict[str, Any]:
 def _chosen(
     store: PartStore, options: ShowPartsOptions
 ) -> tuple[list[int], list[NDArray[np.uint8]]]:
-    """Some good images of a store, evenly spread, with their pixels."""
-    reader = ImageReader(Plan(list_images(options.data).root, store.plan(), store.class_names))
+    """Some good images of a store, drawn at random, with their pixels."""
+    reader = ImageReader(store_images(store, options.data))
     good = np.flatnonzero(store.ok())
     places = np.random.default_rng(options.seed).permutation(good)
     indices, pixels = [], []
@@ -101,7 +108,7 @@ def _chosen(
             break
     if not indices:
         raise MissingError(
-            f"not one image of {options.parts} is to be found in {options.data}: expected the "
+            f"not one image of {options.parts} can be read in {options.data}: expected the "
             "images that the store was made from"
         )
     return indices, pixels
@@ -169,7 +176,9 @@ class ShowReconstructionsOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
+        _require_png(self.output)
         require(self.images >= 1, "images", self.images, "at least 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
         require(0 <= self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "from 0 to below 1")
 
 

@@ -2,25 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
-import timm
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ... import __version__
 from ...errors import MismatchError, MissingError
 from ...models.encoders import FrozenEncoder, untrained
 from ...pipeline.image_source import ImageSource, batches_in_order
-from ...pipeline.options import choose_device, plain_options, require
+from ...pipeline.options import choose_device, require, require_finite
 from ...pipeline.progress import Progress
 from ...pipeline.sources import list_images
-from ...storage.results import write_result
-from ..networks import checkpoint_hash, image_size_of, open_encoder
+from ..networks import image_size_of, open_encoder
 
 PIXELS_SIDE = 32
 """Raw pixels are compared at this size, pixels down and across."""
@@ -44,6 +40,8 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
+        require_finite(self)
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
         require(self.image_size >= 0, "image_size", self.image_size, "0 or more")
         require(self.feature_batch >= 1, "feature_batch", self.feature_batch, "at least 1")
 
@@ -74,10 +72,12 @@ class LabelledFeatures:
     Attributes:
         features: float32 (N, D).
         labels: int64 (N,).
+        bad: Images of the split that could not be read and are left out.
     """
 
     features: Tensor
     labels: Tensor
+    bad: int = 0
 
 
 def subjects_of(options: EvaluationOptions) -> list[Subject]:
@@ -142,7 +142,7 @@ def both_splits(data: str) -> tuple[ImageSource, ImageSource]:
 def features_of(
     subject: Subject, images: ImageSource, batch_size: int, split: str
 ) -> LabelledFeatures:
-    """Features of the centre crops of a split; bad images are left out."""
+    """Features of the centre crops of a split; bad images are left out and counted."""
     made, positions = [], []
     with Progress(f"features of {split} ({subject.name})", len(images), "image") as progress:
         for where, pixels in batches_in_order(images, subject.image_size, batch_size):
@@ -152,7 +152,13 @@ def features_of(
     if not made:
         raise MissingError(f"not one {split} image of {images.plan.root} can be read")
     labels = torch.from_numpy(images.labels[np.concatenate(positions)])
-    return LabelledFeatures(torch.cat(made), labels)
+    return LabelledFeatures(torch.cat(made), labels, len(images) - len(labels))
+
+
+def left_out(*splits: LabelledFeatures) -> dict[str, float]:
+    """The metric ``bad_images``: images that count for nothing; none where there are none."""
+    bad = sum(split.bad for split in splits)
+    return {"bad_images": float(bad)} if bad else {}
 
 
 def accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
@@ -173,28 +179,6 @@ def flattened(by_subject: dict[str, dict[str, float]]) -> dict[str, float]:
         name if subject == "checkpoint" else f"{subject}.{name}": value
         for subject, metrics in by_subject.items()
         for name, value in metrics.items()
+        # The images are the same for all.
+        if subject == "checkpoint" or name != "bad_images"
     }
-
-
-def record_of(kind: str, options: EvaluationOptions, metrics: dict[str, float]) -> dict[str, Any]:
-    """What is kept of an evaluation."""
-    return {
-        "kind": kind,
-        "configuration": plain_options(options),
-        "checkpoint": options.checkpoint,
-        "checkpoint_hash": checkpoint_hash(options.checkpoint),
-        "seed": options.seed,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "semmae": __version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "numpy": np.__version__,
-        },
-        "metrics": metrics,
-    }
-
-
-def keep_result(kind: str, options: EvaluationOptions, metrics: dict[str, float]) -> Path:
-    """Write the record of an evaluation into its results folder."""
-    return write_result(options.output, record_of(kind, options, metrics))

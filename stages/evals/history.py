@@ -1,5 +1,6 @@
 """`semmae eval rerun` and `semmae eval table`: results on record, again and side by side."""
 
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,28 +20,32 @@ class Evaluation(NamedTuple):
     """How a kind of evaluation is run again.
 
     Attributes:
-        measure: Metrics of a configuration on record; the folder is for what training needs.
+        measure: Metrics of a configuration on record, whose checkpoint has the given hash.
         hash: Of the checkpoint or store as it is now.
     """
 
-    measure: Callable[[dict[str, Any], Path], dict[str, float]]
+    measure: Callable[[dict[str, Any], str], dict[str, float]]
     hash: Callable[[str], str]
 
 
-def _knn(configuration: dict[str, Any], folder: Path) -> dict[str, float]:
-    return measure_knn(KnnOptions(**{**configuration, "output": folder}))
+def _knn(configuration: dict[str, Any], _: str) -> dict[str, float]:
+    return measure_knn(KnnOptions(**_with_paths(configuration, "output")))
 
 
-def _linear(configuration: dict[str, Any], folder: Path) -> dict[str, float]:
+def _linear(configuration: dict[str, Any], fingerprint: str) -> dict[str, float]:
     # In a folder of its own: in the old one the finished training would just be read back.
     with tempfile.TemporaryDirectory(prefix="semmae-") as fresh:
-        return measure_linear(LinearOptions(**{**configuration, "output": Path(fresh)}))
+        settings = {**configuration, "output": Path(fresh)}
+        return measure_linear(LinearOptions(**settings), fingerprint)
 
 
-def _parts(configuration: dict[str, Any], folder: Path) -> dict[str, float]:
-    labels = configuration["labels"]
-    paths = {"parts": Path(configuration["parts"]), "labels": labels and Path(labels)}
-    return measure_parts(PartsOptions(**{**configuration, **paths, "output": folder}))
+def _parts(configuration: dict[str, Any], _: str) -> dict[str, float]:
+    return measure_parts(PartsOptions(**_with_paths(configuration, "parts", "labels", "output")))
+
+
+def _with_paths(configuration: dict[str, Any], *names: str) -> dict[str, Any]:
+    paths = {name: Path(configuration[name]) for name in names if configuration[name]}
+    return {**configuration, **paths}
 
 
 EVALUATIONS: dict[str, Evaluation] = {
@@ -51,24 +56,43 @@ EVALUATIONS: dict[str, Evaluation] = {
 """Every kind of evaluation that is kept."""
 
 
-def results_table(folder: Path) -> pd.DataFrame:
-    """One row a record: date, kind, checkpoint and metrics.
+def results_tables(folder: Path) -> dict[str, pd.DataFrame]:
+    """The records of each kind of evaluation side by side.
+
+    Args:
+        folder: Results folder.
+
+    Returns:
+        For each kind on record one row a record, oldest first: ``date, checkpoint, seed`` and the
+        metrics of that kind.
 
     Raises:
         MissingError: There are no results in the folder.
     """
-    return pd.DataFrame(
-        [
-            {
-                "date": record["date"],
-                "kind": record["kind"],
-                "checkpoint": record["checkpoint"],
-                "seed": record["seed"],
-                **record["metrics"],
-            }
-            for record in read_results(folder)
-        ]
-    )
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for record in read_results(folder):
+        shared = {name: record[name] for name in ("date", "checkpoint", "seed")}
+        rows.setdefault(record["kind"], []).append({**shared, **record["metrics"]})
+    return {kind: pd.DataFrame(found) for kind, found in rows.items()}
+
+
+def newest_results(folder: Path) -> pd.DataFrame:
+    """The metrics of the newest record of each kind.
+
+    Args:
+        folder: Results folder.
+
+    Returns:
+        One row a metric and one column a kind; NaN where a kind does not have the metric.
+
+    Raises:
+        MissingError: There are no results in the folder.
+    """
+    newest = {
+        record["kind"]: pd.Series(record["metrics"], dtype=float) for record in read_results(folder)
+    }
+    table: pd.DataFrame = pd.concat(newest, axis=1, sort=False)
+    return table
 
 
 def rerun(folder: Path) -> pd.DataFrame:
@@ -80,33 +104,48 @@ def rerun(folder: Path) -> pd.DataFrame:
         folder: Results folder.
 
     Returns:
-        One row a record and metric: ``kind, checkpoint, metric, old, new, change`` and ``note``,
-        which says why a record could not be run again or that its checkpoint is another one now.
+        One row a record and metric: ``kind, checkpoint, metric, old, new, change, measured`` and
+        ``note``.  ``measured`` (bool) says whether the record could be run again; ``note`` says why
+        not, or that its checkpoint is another one now.  A metric may be NaN (undefined, or absent
+        on one side) in a record that could be.
+
+    Raises:
+        MissingError: There are no results in the folder.
     """
     rows: list[dict[str, Any]] = []
     for record in read_results(folder):
-        new, note = _measured_again(folder, record)
-        for metric, old in record["metrics"].items():
+        again = _measured_again(record)
+        for metric in {**record["metrics"], **(again.metrics or {})}:
+            old = record["metrics"].get(metric, math.nan)
+            new = (again.metrics or {}).get(metric, math.nan)
             rows.append(
                 {
                     "kind": record["kind"],
                     "checkpoint": record["checkpoint"],
                     "metric": metric,
                     "old": old,
-                    "new": new.get(metric, float("nan")),
-                    "change": new.get(metric, float("nan")) - old,
-                    "note": note,
+                    "new": new,
+                    "change": new - old,
+                    "measured": again.metrics is not None,
+                    "note": again.note,
                 }
             )
     return pd.DataFrame(rows)
 
 
-def _measured_again(folder: Path, record: dict[str, Any]) -> tuple[dict[str, float], str]:
-    """The metrics now, and a note where the record no longer stands."""
+class _Again(NamedTuple):
+    """The metrics now, None if they cannot be had, and a note where the record does not stand."""
+
+    metrics: dict[str, float] | None
+    note: str
+
+
+def _measured_again(record: dict[str, Any]) -> _Again:
     evaluation = EVALUATIONS[record["kind"]]
     try:
-        changed = evaluation.hash(record["checkpoint"]) != record["checkpoint_hash"]
-        new = evaluation.measure(record["configuration"], folder)
+        fingerprint = evaluation.hash(record["checkpoint"])
+        new = evaluation.measure(record["configuration"], fingerprint)
     except UserError as error:
-        return {}, str(error)
-    return new, "the checkpoint has changed since" if changed else ""
+        return _Again(None, str(error))
+    changed = fingerprint != record["checkpoint_hash"]
+    return _Again(new, "the checkpoint has changed since" if changed else "")

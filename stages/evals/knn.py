@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...pipeline.options import require
+from ..networks import checkpoint_hash
 from .features import (
     EvaluationOptions,
     LabelledFeatures,
@@ -15,9 +16,10 @@ from .features import (
     both_splits,
     features_of,
     flattened,
-    keep_result,
+    left_out,
     subjects_of,
 )
+from .records import keep_result, pinned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ def measure_knn(options: KnnOptions) -> dict[str, float]:
         train = features_of(subject, train_images, options.feature_batch, "train")
         val = features_of(subject, val_images, options.feature_batch, "val")
         scores = vote(train, val.features, options.neighbours, options.temperature)
-        found[subject.name] = accuracies(scores, val.labels)
+        found[subject.name] = {**accuracies(scores, val.labels), **left_out(train, val)}
     return flattened(found)
 
 
@@ -83,8 +85,16 @@ def knn(options: KnnOptions) -> dict[str, float]:
         options: The settings.
 
     Returns:
-        ``top1``, ``top5``, and the same of ``untrained.`` and ``pixels.``, percent.
+        ``top1``, ``top5``, and the same of ``untrained.`` and ``pixels.``, percent; and the count
+        ``bad_images`` of images that cannot be read, if there are any.
+
+    Raises:
+        MissingError: There is no checkpoint, or a split or its classes are missing.
+        MismatchError: Val has classes that train has not.
+        SettingError: The options do not fit the checkpoint, or ``output`` is a file.
     """
+    options = pinned(options)
+    fingerprint = checkpoint_hash(options.checkpoint)
     metrics = measure_knn(options)
-    keep_result("knn", options, metrics)
+    keep_result("knn", options, options.checkpoint, fingerprint, metrics)
     return metrics

@@ -32,9 +32,10 @@ from .features import (
     both_splits,
     features_of,
     flattened,
-    keep_result,
+    left_out,
     subjects_of,
 )
+from .records import keep_result, pinned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,13 @@ class LinearOptions(EvaluationOptions):
         """Refuse what cannot be."""
         super().__post_init__()
         require(self.cached_views >= 0, "cached_views", self.cached_views, "0 or more")
-        for name in ("epochs", "batch_size"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        # The head's batch norm has no variance over one image.
+        require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
+        rate = self.base_learning_rate
+        require(rate > 0, "base_learning_rate", rate, "above 0")
+        for name in ("warmup_epochs", "loader_workers"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
 
 class CachedFeatures:
@@ -119,9 +125,11 @@ class LinearProbe(Task):
         return optimizer
 
 
-def _cached(
-    subject: Subject, images: ImageSource, options: LinearOptions
-) -> tuple[CachedFeatures, Callable[[Batch], Tensor]]:
+_Training = tuple[list[LabelledFeatures], TrainingData, Callable[[Batch], Tensor]]
+"""Features made before training, what is trained on, and what makes features of its batches."""
+
+
+def _cached(subject: Subject, images: ImageSource, options: LinearOptions) -> _Training:
     """The centre crop, then ``cached_views`` - 1 random crops of each image."""
     views = [features_of(subject, images, options.feature_batch, "train")]
     crops = AugmentedData(images, subject.image_size, options.seed)
@@ -135,40 +143,34 @@ def _cached(
                 labels.append(batch["labels"])
                 bar.update(len(chosen))
         views.append(LabelledFeatures(torch.cat(features), torch.cat(labels)))
-    return CachedFeatures(views), lambda batch: batch["features"]
+    return views, CachedFeatures(views), lambda batch: batch["features"]
 
 
-def _fresh(
-    subject: Subject, images: ImageSource, options: LinearOptions
-) -> tuple[AugmentedData, Callable[[Batch], Tensor]]:
-    """Random crops, encoded as they are trained on."""
+def _fresh(subject: Subject, images: ImageSource, options: LinearOptions) -> _Training:
+    """Random crops, encoded as they are trained on; bad images are named as they are met."""
     data = AugmentedData(images, subject.image_size, options.seed)
 
     def features(batch: Batch) -> Tensor:
         return subject.features(batch["images"].cpu().numpy()).to(batch["images"].device)
 
-    return data, features
+    return [], data, features
 
 
-def _run_folder(options: LinearOptions, subject: Subject) -> Path:
-    """Where a head trains: the same evaluation of the same checkpoint finds its run again."""
-    told: dict[str, Any] = {
-        **plain_options(options),
-        "output": "",
-        "hash": checkpoint_hash(options.checkpoint),
-    }
+def _run_folder(options: LinearOptions, fingerprint: str) -> Path:
+    """Where heads train: the same evaluation of the same checkpoint finds its runs again."""
+    told: dict[str, Any] = {**plain_options(options), "output": "", "checkpoint": fingerprint}
     name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
-    return options.output / "runs" / f"linear-{name}-{subject.name}"
+    return options.output / "runs" / f"linear-{name}"
 
 
-def _training_options(options: LinearOptions, subject: Subject) -> TrainingOptions:
+def _training_options(options: LinearOptions, folder: Path) -> TrainingOptions:
     shared = {field.name for field in dataclasses.fields(TrainingOptions)}
     taken = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)
         if field.name in shared
     }
-    taken["output"] = _run_folder(options, subject)
+    taken["output"] = folder
     taken["checkpoint_epochs"] = max(options.epochs // 4, 1)
     taken["keep_checkpoints"] = 1
     # Features that lie in memory are not worth a process that fetches them.
@@ -177,24 +179,50 @@ def _training_options(options: LinearOptions, subject: Subject) -> TrainingOptio
 
 
 def probe(
-    subject: Subject, train: ImageSource, val: ImageSource, options: LinearOptions
+    subject: Subject,
+    train: ImageSource,
+    val: ImageSource,
+    options: LinearOptions,
+    training: TrainingOptions,
 ) -> dict[str, float]:
-    """Train the head on one subject's features; its accuracies on val, percent."""
+    """Train the head on one subject's features; its accuracies on val, percent.
+
+    Args:
+        subject: What makes the features.
+        train: Labelled images to train on.
+        val: Labelled images to judge by.
+        options: The settings.
+        training: What the trainer takes of them; its ``output`` is the run of this subject.
+    """
     found = features_of(subject, val, options.feature_batch, "val")
-    data, features = (_cached if options.cached_views else _fresh)(subject, train, options)
+    made, data, features = (_cached if options.cached_views else _fresh)(subject, train, options)
     torch.manual_seed(options.seed)
     classes = int(np.max(train.labels)) + 1
     task = LinearProbe(data, found.features.shape[1], classes, features)
-    fit(task, _training_options(options, subject))
+    fit(task, training)
     head = task.model.eval().cpu()
     with torch.no_grad():
-        return accuracies(head(found.features), found.labels)
+        judged = accuracies(head(found.features), found.labels)
+    return {**judged, **left_out(found, *made)}
 
 
-def measure_linear(options: LinearOptions) -> dict[str, float]:
-    """Accuracies of the checkpoint and its baselines, percent; no record is written."""
+def measure_linear(options: LinearOptions, fingerprint: str) -> dict[str, float]:
+    """Accuracies of the checkpoint and its baselines, percent; no record is written.
+
+    Args:
+        options: The settings.
+        fingerprint: `checkpoint_hash` of the checkpoint.
+    """
     train, val = both_splits(options.data)
-    return flattened({s.name: probe(s, train, val, options) for s in subjects_of(options)})
+    folder = _run_folder(options, fingerprint)
+    # A batch that cannot be filled is found here, not after a pass over all images.
+    _training_options(options, folder).schedule(len(train))
+    found = {}
+    for subject in subjects_of(options):
+        place = folder.with_name(f"{folder.name}-{subject.name}")
+        training = _training_options(options, place)
+        found[subject.name] = probe(subject, train, val, options, training)
+    return flattened(found)
 
 
 def linear(options: LinearOptions) -> dict[str, float]:
@@ -204,8 +232,17 @@ def linear(options: LinearOptions) -> dict[str, float]:
         options: The settings.
 
     Returns:
-        ``top1``, ``top5``, and the same of ``untrained.`` and ``pixels.``, percent.
+        ``top1``, ``top5``, and the same of ``untrained.`` and ``pixels.``, percent; and the count
+        ``bad_images`` of images that cannot be read, if there are any (of val alone where crops
+        are made as they are trained on, which names the others on standard error).
+
+    Raises:
+        MissingError: There is no checkpoint, or a split or its classes are missing.
+        MismatchError: Val has classes that train has not.
+        SettingError: The options do not fit the checkpoint or the images, or ``output`` is a file.
     """
-    metrics = measure_linear(options)
-    keep_result("linear", options, metrics)
+    options = pinned(options)
+    fingerprint = checkpoint_hash(options.checkpoint)
+    metrics = measure_linear(options, fingerprint)
+    keep_result("linear", options, options.checkpoint, fingerprint, metrics)
     return metrics

@@ -8,15 +8,6 @@ from PIL import Image
 
 from semmae.errors import DamageError, MismatchError, SettingError
 from semmae.stages.pretrain import pretrain, pretraining_data
-from semmae.stages.show import (
-    ShowMasksOptions,
-    ShowPartsOptions,
-    ShowReconstructionsOptions,
-    parts_info,
-    show_masks,
-    show_parts,
-    show_reconstructions,
-)
 from semmae.storage.checkpoints import load_checkpoint
 from semmae.tests.world import World, pretrain_options
 
@@ -84,28 +75,3 @@ def test_pretrain__a_store_of_other_images_is_refused(world: World, tmp_path: Pa
 
     with pytest.raises(MismatchError, match="lacks 20 of 20"):
         pretrain(replace(options, parts=world.store))
-
-
-def test_show__draws_parts_masks_and_reconstructions(world: World, tmp_path: Path) -> None:
-    parts = show_parts(
-        ShowPartsOptions(parts=world.store, data=world.data, output=tmp_path / "parts.png")
-    )
-    masks = show_masks(
-        ShowMasksOptions(parts=world.store, data=world.data, output=tmp_path / "masks.png")
-    )
-    made = show_reconstructions(
-        ShowReconstructionsOptions(
-            run=world.encoder, data=world.data, output=tmp_path / "reconstructions.png"
-        )
-    )
-    for path in (parts, masks, made):
-        picture = np.array(Image.open(path))
-        assert picture.ndim == 3
-        assert picture.std() > 10
-
-
-def test_parts_info__counts_images_and_parts(world: World) -> None:
-    info = parts_info(world.store)
-    assert info["images"] == 72
-    assert info["bad images"] == 0
-    assert info["grid"] == "4 x 4"

@@ -1,0 +1,38 @@
+"""The images of a part store, found again in the data that it was made from."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import MismatchError
+from ..storage.part_store import PartStore
+from .plan import Plan
+from .sources import list_images
+
+
+def store_images(store: PartStore, data: str | Path) -> Plan:
+    """The plan of a store with its images where they lie now; row i is row i of the store.
+
+    Args:
+        store: A part store.
+        data: The images it was made from, all splits; there may be more.
+
+    Raises:
+        MissingError: The data are not there, or hold no images.
+        MismatchError: The data lack an image of the store, or hold it with another size.
+    """
+    held = list_images(data)
+    table = store.plan()
+    sizes = dict(zip(held.keys, held.sizes.tolist(), strict=True))
+    keys = table["key"].to_pylist()
+    found = np.array([sizes.get(key, -1) for key in keys], dtype=np.int64)
+    other = found != table["bytes"].to_numpy()
+    if other.any():
+        first = int(other.argmax())
+        fault = "is not there" if found[first] < 0 else "has another size"
+        raise MismatchError(
+            f"{store.path} was made from other images than {held.root} holds: "
+            f"{int(other.sum())} of its {len(keys)} are missing or have changed, the first, "
+            f"{keys[first]}, {fault}; give --data the images that the store was made from"
+        )
+    return Plan(held.root, table, store.class_names)

@@ -1,0 +1,118 @@
+"""What is kept of an evaluation, so that it can be run again from any folder."""
+
+import dataclasses
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import sklearn
+import timm
+import torch
+
+from ... import __version__
+from ...errors import SettingError
+from ...pipeline.options import plain_options
+from ...storage.checkpoints import resolve_checkpoint
+from ...storage.results import write_result
+
+Options = TypeVar("Options")
+
+_PLACES = ("data", "output", "parts", "labels")
+
+
+def pinned(options: Options) -> Options:
+    """The options with absolute paths, and the checkpoint file that a run's folder means now.
+
+    A run that is trained further then does not change what its record measured.
+
+    Args:
+        options: Of an evaluation, with an ``output``.
+
+    Returns:
+        The same where all is pinned already; ``timm:`` names stay.
+
+    Raises:
+        MissingError: There is no checkpoint.
+        SettingError: ``output`` is a file, or lies in one.
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        value = getattr(options, field.name)
+        if field.name in _PLACES and value is not None:
+            found[field.name] = type(value)(_absolute(Path(value)))
+        elif field.name == "checkpoint" and not value.startswith("timm:"):
+            found["checkpoint"] = str(resolve_checkpoint(_absolute(Path(value))))
+    _require_folder(found["output"])
+    return dataclasses.replace(options, **found)  # type: ignore[type-var]
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+def _require_folder(output: Path) -> None:
+    """Before the work, which would be lost."""
+    there = next(place for place in (output, *output.parents) if place.exists())
+    if not there.is_dir():
+        raise SettingError(
+            f"--output is {output}, but {there} is a file: expected a folder for results, "
+            "new or old"
+        )
+
+
+def record_of(
+    kind: str,
+    configuration: dict[str, Any],
+    checkpoint: str,
+    checkpoint_hash: str,
+    seed: int,
+    metrics: dict[str, float],
+) -> dict[str, Any]:
+    """What is kept of an evaluation, as `write_result` takes it.
+
+    Args:
+        kind: ``knn``, ``linear`` or ``parts``.
+        configuration: Its options as plain data, of `pinned` ones.
+        checkpoint: The weight file, ``timm:<name>``, or the folder of a part store.
+        checkpoint_hash: SHA-256, 64 hex digits.
+        seed: Its seed.
+        metrics: Name to number.
+    """
+    return {
+        "kind": kind,
+        "configuration": configuration,
+        "checkpoint": checkpoint,
+        "checkpoint_hash": checkpoint_hash,
+        "seed": seed,
+        "date": datetime.now(UTC).isoformat(timespec="microseconds"),
+        "versions": {
+            "semmae": __version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "numpy": np.__version__,
+            "sklearn": sklearn.__version__,
+        },
+        "metrics": metrics,
+    }
+
+
+def keep_result(
+    kind: str, options: Any, checkpoint: str, checkpoint_hash: str, metrics: dict[str, float]
+) -> Path:
+    """Write the record of an evaluation into its results folder.
+
+    Args:
+        kind: ``knn``, ``linear`` or ``parts``.
+        options: `pinned` options, with ``output`` and ``seed``.
+        checkpoint: The weight file, ``timm:<name>``, or the folder of a part store.
+        checkpoint_hash: SHA-256, 64 hex digits.
+        metrics: Name to number.
+
+    Returns:
+        The file of the record.
+    """
+    record = record_of(
+        kind, plain_options(options), checkpoint, checkpoint_hash, options.seed, metrics
+    )
+    return write_result(options.output, record)

@@ -1,0 +1,62 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from semmae.errors import MismatchError, SettingError
+from semmae.pipeline.sources import list_images
+from semmae.pipeline.stored_images import store_images
+from semmae.stages.show import (
+    ShowMasksOptions,
+    ShowPartsOptions,
+    ShowReconstructionsOptions,
+    show_masks,
+    show_parts,
+)
+from semmae.storage.part_store import PartStore
+from semmae.tests.world import World
+
+
+@pytest.mark.parametrize("name", ["picture.jpg", "picture", "png", "picture.png.pdf"])
+def test_show_options__output_must_be_a_png(name: str) -> None:
+    for options in (ShowPartsOptions, ShowMasksOptions):
+        with pytest.raises(SettingError, match=r"--output is .*expected .*png"):
+            options(parts=Path("x"), data="x", output=Path(name))
+    with pytest.raises(SettingError, match=r"--output is .*expected .*png"):
+        ShowReconstructionsOptions(run=Path("x"), data="x", output=Path(name))
+    assert ShowPartsOptions(parts=Path("x"), data="x", output=Path("a.PNG"))
+
+
+def test_show__other_images_are_refused(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.data, tmp_path / "data")
+    gone = tmp_path / "data" / list_images(world.data, "train").keys[3]
+    gone.unlink()
+    output = tmp_path / "picture.png"
+    settings = {"parts": world.store, "data": str(tmp_path / "data"), "output": output}
+    with pytest.raises(MismatchError, match=f"1 of its 72 .*{gone.name}, is not there"):
+        show_parts(ShowPartsOptions(**settings))  # type: ignore[arg-type]
+    gone.write_bytes(b"of another size")
+    with pytest.raises(MismatchError, match=f"{gone.name}, has another size"):
+        show_masks(ShowMasksOptions(**settings))  # type: ignore[arg-type]
+    assert not output.exists()
+
+
+def test_show__images_gone_bad_are_skipped(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.data, tmp_path / "data")
+    for key in list_images(world.data, "train").keys[:70]:
+        place = tmp_path / "data" / key
+        place.write_bytes(bytes(place.stat().st_size))
+    output = tmp_path / "picture.png"
+    show_masks(ShowMasksOptions(parts=world.store, data=str(tmp_path / "data"), output=output))
+    # A row for each of the two images left, of the eight asked for.
+    assert np.array(Image.open(output)).shape[0] < 3 * 128 + 64
+
+
+def test_store_images__rows_are_those_of_the_store(world: World) -> None:
+    store = PartStore.open(world.store)
+    plan = store_images(store, world.data)
+    assert len(plan) == store.identity.images == 72
+    assert plan.fingerprint == store.identity.plan_fingerprint
+    assert all((Path(plan.root) / key).is_file() for key in plan.keys)
