@@ -12,8 +12,10 @@ from semmae.stages.show import (
     ShowMasksOptions,
     ShowPartsOptions,
     ShowReconstructionsOptions,
+    parts_info,
     show_masks,
     show_parts,
+    show_reconstructions,
 )
 from semmae.storage.part_store import PartStore
 from semmae.tests.world import World
@@ -60,3 +62,28 @@ def test_store_images__rows_are_those_of_the_store(world: World) -> None:
     assert len(plan) == store.identity.images == 72
     assert plan.fingerprint == store.identity.plan_fingerprint
     assert all((Path(plan.root) / key).is_file() for key in plan.keys)
+
+
+def test_show__draws_parts_masks_and_reconstructions(world: World, tmp_path: Path) -> None:
+    parts = show_parts(
+        ShowPartsOptions(parts=world.store, data=world.data, output=tmp_path / "parts.png")
+    )
+    masks = show_masks(
+        ShowMasksOptions(parts=world.store, data=world.data, output=tmp_path / "masks.png")
+    )
+    made = show_reconstructions(
+        ShowReconstructionsOptions(
+            run=world.encoder, data=world.data, output=tmp_path / "reconstructions.png"
+        )
+    )
+    for path in (parts, masks, made):
+        picture = np.array(Image.open(path))
+        assert picture.ndim == 3
+        assert picture.std() > 10
+
+
+def test_parts_info__counts_images_and_parts(world: World) -> None:
+    info = parts_info(world.store)
+    assert info["images"] == 72
+    assert info["bad images"] == 0
+    assert info["grid"] == "4 x 4"
