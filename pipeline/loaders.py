@@ -61,7 +61,26 @@ def _cropped(
     return _Crops(positions, np.stack(pixels), boxes, sizes, mirrored)
 
 
-class PretrainingData:
+class _ImageData:
+    """What all training data made of images have in common."""
+
+    def __init__(self, images: ImageSource) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the images."""
+        return self._images.fingerprint
+
+    def warm(self) -> None:
+        """Load what forked workers should share."""
+        self._images.warm()
+
+
+class PretrainingData(_ImageData):
     """Crops of a data set with their masks: what stage 2 trains on.
 
     A sample is a random resized crop, flipped with probability 1/2 (MAE's augmentation), and a mask
@@ -100,24 +119,18 @@ class PretrainingData:
             raise SettingError(f"--masking {masks.policy} needs --parts: the part store to follow")
         follows = masks.policy in NEEDS_PARTS
         self._maps = PartMaps(*labels) if labels is not None and follows else None
-        self._images, self._parts = images, parts
+        super().__init__(images)
+        self._parts = parts
         self._size, self._masks, self._seed = image_size, masks, seed
         self._grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self._scale = crop_scale
         self._store_fingerprint = store_fingerprint
 
-    def __len__(self) -> int:
-        return len(self._images)
-
     @property
     def fingerprint(self) -> str:
         """Of the images, and of the store the maps came from."""
-        told = f"{self._images.fingerprint} {self._store_fingerprint}"
+        told = f"{super().fingerprint} {self._store_fingerprint}"
         return hashlib.sha256(told.encode()).hexdigest()
-
-    def warm(self) -> None:
-        """Load what forked workers should share."""
-        self._images.warm()
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         """Crops and masks of a batch.
@@ -156,7 +169,7 @@ class PretrainingData:
         }
 
 
-class SquashedData:
+class SquashedData(_ImageData):
     """Whole images squashed to one size: what the part learner trains on.
 
     Args:
@@ -165,19 +178,8 @@ class SquashedData:
     """
 
     def __init__(self, images: ImageSource, image_size: tuple[int, int]) -> None:
-        self._images, self._size = images, image_size
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the images."""
-        return self._images.fingerprint
-
-    def warm(self) -> None:
-        """Load what forked workers should share."""
-        self._images.warm()
+        super().__init__(images)
+        self._size = image_size
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         """``images`` uint8 (B, H, W, 3) and ``index`` int64 (B,) of a batch."""
@@ -188,7 +190,7 @@ class SquashedData:
         }
 
 
-class AugmentedData:
+class AugmentedData(_ImageData):
     """Random crops with their class: what a linear probe trains on.
 
     Args:
@@ -205,19 +207,8 @@ class AugmentedData:
         seed: int,
         crop_scale: tuple[float, float] = (0.08, 1.0),
     ) -> None:
-        self._images, self._size, self._seed, self._scale = images, image_size, seed, crop_scale
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the images."""
-        return self._images.fingerprint
-
-    def warm(self) -> None:
-        """Load what forked workers should share."""
-        self._images.warm()
+        super().__init__(images)
+        self._size, self._seed, self._scale = image_size, seed, crop_scale
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         """``images`` uint8 (B, H, W, 3) and ``labels`` int64 (B,) of a batch."""
