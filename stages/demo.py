@@ -33,9 +33,9 @@ class DemoOptions:
     """Settings of `demo`."""
 
     output: Annotated[Path, "Folder for all that the demo makes."] = Path("demo")
-    train: Annotated[int, "Training images."] = 3000
+    train: Annotated[int, "Training images."] = 2400
     val: Annotated[int, "Validation images."] = 600
-    epochs: Annotated[int, "Epochs of pretraining."] = 12
+    epochs: Annotated[int, "Epochs of pretraining."] = 8
     workers: Annotated[int, "Ray actors for the extraction; 0 does without Ray."] = 2
     bootstrap: Annotated[
         bool, "Pretrain the encoder here, with random masks, instead of taking the one shipped."
