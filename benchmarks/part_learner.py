@@ -29,13 +29,9 @@ from semmae.stages.evals.metrics import (
     nmi,
 )
 from semmae.stages.evals.parts import true_labels
-from semmae.stages.learn_parts import (
-    LearnPartsOptions,
-    position_share,
-    sample_tokens,
-    started_learner,
-)
+from semmae.stages.learn_parts import LearnPartsOptions
 from semmae.stages.networks import open_encoder
+from semmae.stages.part_start import position_share, sample_tokens, started_learner
 
 IMAGES, STEPS, BATCH = 1500, 300, 48
 

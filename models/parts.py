@@ -99,7 +99,7 @@ class PartLearner(nn.Module):
     Buffers ``token_mean`` (D, or L x D where the mean of each place is taken off) and
     ``token_std`` (D) standardise patch tokens over the data set, ``class_mean`` and ``class_std``
     class tokens; ``centres`` (C, D) and ``is_object`` (C) hold the background vote.
-    `stages.learn_parts` sets them, and the anchors, before training.
+    `stages.part_start` sets them, and the anchors, before training.
 
     Args:
         architecture: Shapes.

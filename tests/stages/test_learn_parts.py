@@ -7,13 +7,9 @@ import torch
 
 from semmae.errors import MismatchError, MissingError, SettingError
 from semmae.models.encoders import Tokens
-from semmae.stages.learn_parts import (
-    learn_parts,
-    position_share,
-    started_learner,
-    vote_for_objects,
-)
+from semmae.stages.learn_parts import learn_parts
 from semmae.stages.networks import open_encoder, open_learner, save_encoder
+from semmae.stages.part_start import position_share, started_learner, vote_for_objects
 from semmae.storage.checkpoints import load_checkpoint
 from semmae.tests.world import World, learn_options
 
