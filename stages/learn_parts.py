@@ -31,7 +31,7 @@ from ..pipeline.sources import Split, list_images
 from ..pipeline.tasks import Task
 from ..pipeline.training import fit, refuse_foreign_folder
 from ..storage.checkpoints import checkpoints, load_checkpoint
-from .networks import ENCODER_FILE, image_size_of, open_encoder, save_encoder
+from .networks import ENCODER_FILE, image_size_of, open_encoder, save_encoder, shaped_learner
 from .part_start import sample_tokens, started_learner
 from .pictures import colours_of, overlay, pairs_sheet, save_picture
 
@@ -126,7 +126,7 @@ class PartLearning(Task):
         image_size: tuple[int, int],
     ) -> None:
         self.encoder, self.model, self.data = encoder, learner, data
-        self._learner, self._options, self._size = learner, options, image_size
+        self._learner, self._options = learner, options
         self._grid = tuple(side // encoder.patch_size for side in image_size)
         self.architecture = {**learner.architecture.to_record(), "image_size": list(image_size)}
         self._examples = _first_images(data, 16)
@@ -215,8 +215,7 @@ def _recorded_learner(path: Path) -> PartLearner:
             f"{path.parent.parent} holds a run of kind {state.get('kind')!r}: choose another "
             "--output for the part learner"
         )
-    record = {k: v for k, v in state["architecture"].items() if k != "image_size"}
-    return PartLearner(PartArchitecture(**record))
+    return shaped_learner(state)
 
 
 def learn_parts(options: LearnPartsOptions) -> Path:

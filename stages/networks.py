@@ -109,6 +109,12 @@ class TrainedLearner:
         return self.image_size[0] // patch, self.image_size[1] // patch
 
 
+def shaped_learner(state: dict[str, Any]) -> PartLearner:
+    """A part learner of the shape that a checkpoint records, its weights not loaded."""
+    record = {k: v for k, v in state["architecture"].items() if k != "image_size"}
+    return PartLearner(PartArchitecture(**record))
+
+
 def open_learner(folder: Path) -> TrainedLearner:
     """The part learner in the folder of a ``learn-parts`` run.
 
@@ -125,9 +131,8 @@ def open_learner(folder: Path) -> TrainedLearner:
         )
     encoder_path = path.parent.parent / ENCODER_FILE
     encoder = _encoder_of(load_checkpoint(encoder_path), str(encoder_path))
-    record = dict(state["architecture"])
-    height, width = record.pop("image_size")
-    learner = PartLearner(PartArchitecture(**record)).eval()
+    learner = shaped_learner(state).eval()
+    height, width = state["architecture"]["image_size"]
     learner.load_state_dict(state["model"])
     learner.requires_grad_(False)
     both = hashlib.sha256(f"{file_hash(path)}{file_hash(encoder_path)}".encode()).hexdigest()

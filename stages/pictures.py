@@ -60,10 +60,7 @@ def overlay(image: Pixels, labels: Pixels, colours: Pixels, strength: float = 0.
     Returns:
         uint8 (H, W, 3).
     """
-    height, width = image.shape[:2]
-    rows = np.arange(height) * labels.shape[0] // height
-    columns = np.arange(width) * labels.shape[1] // width
-    full = labels[rows][:, columns]
+    full = _spread(labels, image)
     known = full != 255
     tint = colours[np.where(known, full, 0)].astype(np.float32)
     mixed = image * (1 - strength) + tint * strength
@@ -72,11 +69,17 @@ def overlay(image: Pixels, labels: Pixels, colours: Pixels, strength: float = 0.
 
 def masked(image: Pixels, mask: NDArray[np.bool_], grid: tuple[int, int]) -> Pixels:
     """An image uint8 (H, W, 3) with its masked patches (L,) in grey."""
-    height, width = image.shape[:2]
-    rows = np.arange(height) * grid[0] // height
-    columns = np.arange(width) * grid[1] // width
-    hidden = mask.reshape(grid)[rows][:, columns]
+    hidden = _spread(mask.reshape(grid), image)
     return np.where(hidden[..., None], np.uint8(110), image).astype(np.uint8)
+
+
+def _spread(values: NDArray[Any], image: Pixels) -> NDArray[Any]:
+    """Values of patches (h, w) at each pixel of an image, (H, W)."""
+    height, width = image.shape[:2]
+    rows = np.arange(height) * values.shape[0] // height
+    columns = np.arange(width) * values.shape[1] // width
+    spread: NDArray[Any] = values[rows][:, columns]
+    return spread
 
 
 def sheet(rows: Sequence[Sequence[Pixels]], gap: int = 3) -> Pixels:

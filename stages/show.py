@@ -1,5 +1,6 @@
 """`semmae parts show`, `semmae masks show` and `semmae stage2 show`: look at what was made."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +14,9 @@ from ..models.autoencoder import MaskedAutoencoder
 from ..pipeline.crops import evaluation_crop
 from ..pipeline.decoding import BadImage, decode_image
 from ..pipeline.mask_policies import POLICIES, MaskRequest
-from ..pipeline.masks import visible_count
+from ..pipeline.masks import random_masks, visible_count
 from ..pipeline.options import require
+from ..pipeline.plan import Plan
 from ..pipeline.randomness import Purpose, streams
 from ..pipeline.sources import ImageReader, Split, list_images
 from ..pipeline.stored_images import store_images
@@ -90,22 +92,29 @@ def parts_info(path: Path) -> dict[str, Any]:
     }
 
 
+def _first_readable(
+    plan: Plan, order: NDArray[np.int64], count: int
+) -> tuple[list[int], list[NDArray[np.uint8]]]:
+    """The first ``count`` images of an order that can be read, with their pixels."""
+    reader = ImageReader(plan)
+    indices: list[int] = []
+    pixels: list[NDArray[np.uint8]] = []
+    for index in order.tolist():
+        if len(indices) == count:
+            break
+        with contextlib.suppress(BadImage):
+            pixels.append(decode_image(reader.read(index)))
+            indices.append(index)
+    return indices, pixels
+
+
 def _chosen(
     store: PartStore, options: ShowPartsOptions
 ) -> tuple[list[int], list[NDArray[np.uint8]]]:
     """Some good images of a store, drawn at random, with their pixels."""
-    reader = ImageReader(store_images(store, options.data))
-    good = np.flatnonzero(store.ok())
-    places = np.random.default_rng(options.seed).permutation(good)
-    indices, pixels = [], []
-    for index in places:
-        try:
-            pixels.append(decode_image(reader.read(int(index))))
-            indices.append(int(index))
-        except BadImage:
-            continue
-        if len(indices) == options.images:
-            break
+    plan = store_images(store, options.data)
+    order = np.random.default_rng(options.seed).permutation(np.flatnonzero(store.ok()))
+    indices, pixels = _first_readable(plan, order, options.images)
     if not indices:
         raise MissingError(
             f"not one image of {options.parts} can be read in {options.data}: expected the "
@@ -187,30 +196,15 @@ def show_reconstructions(options: ShowReconstructionsOptions) -> Path:
     model: MaskedAutoencoder = open_autoencoder(options.run)
     shape = model.architecture
     plan = list_images(options.data, options.split)
-    reader, pixels, indices = ImageReader(plan), [], []
-    for index in np.random.default_rng(options.seed).permutation(len(plan)):
-        try:
-            image = decode_image(reader.read(int(index)))
-        except BadImage:
-            continue
-        pixels.append(evaluation_crop(image, shape.image_size))
-        indices.append(int(index))
-        if len(pixels) == options.images:
-            break
+    order = np.random.default_rng(options.seed).permutation(len(plan))
+    indices, pixels = _first_readable(plan, order, options.images)
     if not pixels:
         raise MissingError(f"not one image of {options.data} can be read")
     patches = shape.grid[0] * shape.grid[1]
-    mask = POLICIES["random"](
-        MaskRequest(
-            patches=patches,
-            mask_ratio=options.mask_ratio,
-            alpha=np.zeros(len(pixels)),
-            stream=streams(options.seed, Purpose.MASK, 0, indices),
-            labels=None,
-            parts=0,
-        )
-    )
-    images, masks = torch.from_numpy(np.stack(pixels)), torch.from_numpy(mask)
+    stream = streams(options.seed, Purpose.MASK, 0, indices)
+    masks = torch.from_numpy(random_masks(patches, options.mask_ratio, stream))
+    crops = [evaluation_crop(image, shape.image_size) for image in pixels]
+    images = torch.from_numpy(np.stack(crops))
     visible = visible_count(patches, options.mask_ratio)
     save_picture(options.output, reconstruction_picture(model, images, masks, visible))
     return options.output
