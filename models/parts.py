@@ -4,16 +4,20 @@ Part tokens, made with the class token, are compared with the patch tokens of a 
 softmax over parts, blurred, is the attention map of each part.  The maps are trained so that the
 image, or the encoder's features of it, can be rebuilt from them, under a diversity constraint.
 
-Two variants of what the paper leaves open stay available by name:
+What the paper leaves open stays available by name (`VARIANTS`).  Learned:
 
-- ``paper``: part tokens are linear in the class token, the maps rebuild pixels through the AdaIN
-  decoder.  It segments each image well, but a part's id changes its meaning from image to image.
 - ``anchored`` (default).  Deviation: a part token is a learned anchor, started from k-means over
   the data set, plus a small class-token term, and the maps rebuild the encoder's features from
   the mean feature of each part.  One id keeps one meaning.
+- ``paper``: part tokens are linear in the class token, the maps rebuild pixels through the AdaIN
+  decoder.  It segments each image well, but a part's id changes its meaning from image to image.
 
-Legend of shapes: B images, h w patches, L = h w, D width, P channels of the part map, N anchors,
-C background clusters.
+Baselines, with nothing to train: ``kmeans`` over the data set, ``image-kmeans`` of the tokens and
+``colour`` regions inside each image, the raw class-token ``attention`` of each head, and a fixed
+``grid``.  All variants share background, blur and labels.
+
+Legend of shapes: B images, h w patches, L = h w, D width, S width of the class token, P channels of
+the part map, N parts that are told apart by the variant, C background clusters.
 """
 
 from dataclasses import asdict, dataclass
@@ -26,6 +30,20 @@ from torch.nn import functional as F
 from ..errors import SettingError
 from .decoder import PixelDecoder
 from .encoders import Tokens
+from .part_scores import (
+    AnchoredTokens,
+    AttentionHeads,
+    ClassTokens,
+    GridCells,
+    ImageCentres,
+    Patches,
+    SetCentres,
+)
+
+Variant = Literal["anchored", "paper", "kmeans", "image-kmeans", "colour", "attention", "grid"]
+
+LEARNED: tuple[Variant, ...] = ("anchored", "paper")
+"""Variants that are trained; the others are ready once they are started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,25 +51,28 @@ class PartArchitecture:
     """Shape of a part learner; enough to build it again.
 
     Attributes:
-        width: D of the encoder.
-        parts: Parts beside the background.
-        variant: How part tokens are made and what is rebuilt; see the module.
+        width: D.
+        style_width: S; 0 for D.
+        parts: Parts beside the background; for ``attention`` the encoder's heads.
+        variant: How parts are told apart; see the module.
         background: ``voted``: channel 0 is the background, voted for by clusters of patch tokens;
             ``token``: channel 0 is one more part token; ``none``: no channel is set apart.
         clusters: C, for ``voted``.
         class_share: Weight of the class-token term against the anchor, both of unit length.
-        temperature: Of the softmax over parts of cosine similarities.
+        temperature: Of the softmax over parts.
         blur: Standard deviation of the Gaussian blur of the maps, patches; 0 does not blur.
         pixel_decoder: Whether there is an AdaIN decoder to pixels.
         decoder_width: C of its first layer.
         decoder_noise: Per-layer noise in it.
         places: Places of the grid whose mean token is taken off each token there; 0 takes off one
             mean for all places.
+        grid_places: L for ``grid``, whose cells are of one grid; else 0.
     """
 
     width: int
+    style_width: int = 0
     parts: int = 6
-    variant: Literal["anchored", "paper"] = "anchored"
+    variant: Variant = "anchored"
     background: Literal["voted", "token", "none"] = "voted"
     clusters: int = 24
     class_share: float = 0.2
@@ -61,6 +82,7 @@ class PartArchitecture:
     decoder_width: int = 64
     decoder_noise: bool = False
     places: int = 0
+    grid_places: int = 0
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be.
@@ -78,6 +100,12 @@ class PartArchitecture:
                 "expected above 0, and 0 or more"
             )
 
+        if self.background == "token" and self.variant not in LEARNED:
+            raise SettingError(
+                f"--background token is one more part token, and --variant {self.variant} has "
+                "none: expected voted or none"
+            )
+
     @property
     def channels(self) -> int:
         """P: parts, and the background where there is one."""
@@ -85,7 +113,7 @@ class PartArchitecture:
 
     @property
     def tokens(self) -> int:
-        """N: part tokens; the voted background has none."""
+        """N; the voted background is none of them."""
         return self.parts + (self.background == "token")
 
     def to_record(self) -> dict[str, Any]:
@@ -93,13 +121,28 @@ class PartArchitecture:
         return asdict(self)
 
 
+def _scores(shape: PartArchitecture, style_width: int) -> nn.Module:
+    parts, width, temperature = shape.tokens, shape.width, shape.temperature
+    if shape.variant == "anchored":
+        return AnchoredTokens(parts, width, style_width, shape.class_share, temperature)
+    if shape.variant == "paper":
+        return ClassTokens(parts, width, style_width, temperature)
+    if shape.variant == "kmeans":
+        return SetCentres(parts, width, temperature)
+    if shape.variant == "attention":
+        return AttentionHeads()
+    if shape.variant == "grid":
+        return GridCells(parts, shape.grid_places)
+    return ImageCentres(parts, colours=shape.variant == "colour")
+
+
 class PartLearner(nn.Module):
-    """Part tokens, their attention maps, and what is rebuilt from them.
+    """Part maps of a frozen encoder's tokens, and what is rebuilt from them.
 
     Buffers ``token_mean`` (D, or L x D where the mean of each place is taken off) and
     ``token_std`` (D) standardise patch tokens over the data set, ``class_mean`` and ``class_std``
-    class tokens; ``centres`` (C, D) and ``is_object`` (C) hold the background vote.
-    `stages.part_start` sets them, and the anchors, before training.
+    (S) class tokens; ``centres`` (C, D) and ``is_object`` (C) hold the background vote.
+    `stages.part_start` sets them, and where the variant begins, before training.
 
     Args:
         architecture: Shapes.
@@ -116,20 +159,18 @@ class PartLearner(nn.Module):
     def __init__(self, architecture: PartArchitecture) -> None:
         super().__init__()
         shape = self.architecture = architecture
-        if shape.variant == "anchored":
-            self.anchors = nn.Parameter(torch.randn(shape.tokens, shape.width))
-        self.from_class = nn.Linear(shape.width, shape.tokens * shape.width, bias=False)
-        nn.init.normal_(self.from_class.weight, std=shape.width**-0.5)
+        style_width = shape.style_width or shape.width
+        self.scores = _scores(shape, style_width)
         self.decoder = (
             PixelDecoder(
-                shape.channels, shape.width, shape.decoder_width, noise=shape.decoder_noise
+                shape.channels, style_width, shape.decoder_width, noise=shape.decoder_noise
             )
             if shape.pixel_decoder
             else None
         )
-        for name in ("token", "class"):
-            self.register_buffer(f"{name}_mean", torch.zeros(shape.width))
-            self.register_buffer(f"{name}_std", torch.ones(shape.width))
+        for name, width in (("token", shape.width), ("class", style_width)):
+            self.register_buffer(f"{name}_mean", torch.zeros(width))
+            self.register_buffer(f"{name}_std", torch.ones(width))
         if shape.places:
             self.token_mean = torch.zeros(shape.places, shape.width)
         clusters = shape.clusters if shape.background == "voted" else 0
@@ -137,32 +178,24 @@ class PartLearner(nn.Module):
         self.register_buffer("is_object", torch.zeros(clusters))
         self.register_buffer("kernel", _gaussian(shape.blur), persistent=False)
 
-    def standardise(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Patch tokens (B, L, D) and class tokens (B, D), zero mean and unit variance each."""
-        patches = (tokens.patches.float() - self.token_mean) / self.token_std
-        return patches, (tokens.class_token.float() - self.class_mean) / self.class_std
-
-    def part_tokens(self, style: Tensor) -> Tensor:
-        """The part tokens of each image.
+    def patches(self, tokens: Tokens, colours: Tensor | None = None) -> Patches:
+        """What parts are told from: tokens of zero mean and unit variance, and the object mask.
 
         Args:
-            style: (B, D), standardised class tokens.
-
-        Returns:
-            (B, N, D).
+            tokens: Of the encoder.
+            colours: (B, L, 3), from `patch_colours`; needed by the variant ``colour`` alone.
         """
-        shape = self.architecture
-        made = self.from_class(style).view(-1, shape.tokens, shape.width)
-        if shape.variant == "paper":
-            return made  # type: ignore[no-any-return]
-        return F.normalize(self.anchors, dim=-1) + shape.class_share * F.normalize(made, dim=-1)
+        features = (tokens.patches.float() - self.token_mean) / self.token_std
+        style = (tokens.class_token.float() - self.class_mean) / self.class_std
+        return Patches(
+            features, style, tokens.attention.float(), self.object_mask(features), colours
+        )
 
-    def maps(self, patches: Tensor, style: Tensor, grid: tuple[int, int]) -> Tensor:
+    def maps(self, patches: Patches, grid: tuple[int, int]) -> Tensor:
         """The soft part maps.
 
         Args:
-            patches: (B, L, D), standardised patch tokens.
-            style: (B, D), standardised class tokens.
+            patches: What `patches` gives.
             grid: (h, w), with h w = L.
 
         Returns:
@@ -170,25 +203,25 @@ class PartLearner(nn.Module):
             ``background`` is ``none``.
         """
         # The three digits of bf16 would tie parts, and the maps would not sum to 1.
-        with torch.autocast(patches.device.type, enabled=False):
-            queries = F.normalize(self.part_tokens(style.float()), dim=-1)
-            similarity = queries @ F.normalize(patches.float(), dim=-1).transpose(1, 2)
-            maps = (similarity / self.architecture.temperature).softmax(dim=1)
+        with torch.autocast(patches.features.device.type, enabled=False):
+            maps = self.scores(patches)
             if self.architecture.background == "voted":
-                objects = self.object_mask(patches.float())[:, None]
+                objects = patches.objects[:, None]
                 maps = torch.cat([1 - objects, maps * objects], dim=1)
-            return self._blurred(maps.reshape(*maps.shape[:2], *grid))
+            return self._blurred(maps.unflatten(2, grid))
 
-    def object_mask(self, patches: Tensor) -> Tensor:
+    def object_mask(self, features: Tensor) -> Tensor:
         """Which patches belong to an object, by the vote of their cluster.
 
         Args:
-            patches: (B, L, D), standardised patch tokens.
+            features: (B, L, D), standardised patch tokens.
 
         Returns:
-            float (B, L), 1 on objects, 0 on background.
+            float (B, L), 1 on objects, 0 on background; all 1 without a voted background.
         """
-        return self.is_object[torch.cdist(patches, self.centres).argmin(dim=-1)]
+        if self.architecture.background != "voted":
+            return features.new_ones(features.shape[:2])
+        return self.is_object[torch.cdist(features, self.centres).argmin(dim=-1)]
 
     def _blurred(self, maps: Tensor) -> Tensor:
         """Gaussian blur of each map; the border goes on outside, so that maps still sum to 1."""
@@ -200,10 +233,18 @@ class PartLearner(nn.Module):
         blurred = F.conv2d(padded, row, groups=channels)
         return F.conv2d(blurred, row.transpose(2, 3), groups=channels)
 
-    def forward(self, tokens: Tokens, grid: tuple[int, int]) -> Tensor:
-        """Soft part maps (B, P, h, w) of an encoder's tokens."""
-        patches, style = self.standardise(tokens)
-        return self.maps(patches, style, grid)
+    def forward(
+        self, tokens: Tokens, grid: tuple[int, int], images: Tensor | None = None
+    ) -> Tensor:
+        """Soft part maps (B, P, h, w) of an encoder's tokens of the images uint8 (B, H, W, 3)."""
+        colours = None if images is None else patch_colours(images, grid)
+        return self.maps(self.patches(tokens, colours), grid)
+
+
+def patch_colours(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean colour of each patch, (B, L, 3), 0 to 255, of images uint8 (B, H, W, 3)."""
+    pixels = images.permute(0, 3, 1, 2).float()
+    return F.adaptive_avg_pool2d(pixels, grid).flatten(2).transpose(1, 2)
 
 
 def rebuilt_features(maps: Tensor, patches: Tensor) -> Tensor:

@@ -81,6 +81,54 @@ def fit(task: Task, options: TrainingOptions) -> Path:
     return checkpoints(options.output)[-1][1]
 
 
+def keep(task: Task, options: TrainingOptions) -> Path:
+    """Write a task that needs no training as a run of no steps, where `fit` would train it.
+
+    Args:
+        task: What is kept.
+        options: Its settings; written to ``RUN/options.json``.
+
+    Returns:
+        The checkpoint, as of `fit`.
+
+    Raises:
+        SettingError, MismatchError, DamageError: As `fit`, for what the folder holds already.
+    """
+    device = choose_device(options.device)
+    refuse_foreign_folder(options.output, task.kind)
+    if _state_to_resume(task, options) is None:
+        task.place(device)
+        _write_options(task, options)
+        task.begin(options.output)
+        with contextlib.closing(Run(options.output, 0)) as run:
+            task.model.eval()
+            run.line({"epoch": 0, **task.finish_epoch(0, run)})
+        save_checkpoint(options.output, 0, _state_of(task, options, 0, {}, {}))
+    return checkpoints(options.output)[-1][1]
+
+
+def _state_of(
+    task: Task,
+    options: TrainingOptions,
+    step: int,
+    optimizer: Mapping[str, Any],
+    meter: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return {
+        "kind": task.kind,
+        "architecture": task.architecture,
+        "model": task.model.state_dict(),
+        "optimizer": optimizer,
+        "step": step,
+        "samples_seen": step * options.batch_size,
+        "options": plain_options(options),
+        "data": task.data.fingerprint,
+        "images": len(task.data),
+        "meter": meter,
+    }
+
+
 def _state_to_resume(task: Task, options: TrainingOptions) -> dict[str, Any] | None:
     """The newest checkpoint, found to be one of this very run; None for a new run."""
     found = checkpoints(options.output)
@@ -297,24 +345,11 @@ class _Training:
 
     def _save(self) -> None:
         task, run, options = self._task, self._run, self._options
-        weights = task.model.state_dict()
-        self._require_finite(_largest(weights))
-        save_checkpoint(
-            options.output,
-            run.step,
-            {
-                "kind": task.kind,
-                "architecture": task.architecture,
-                "model": weights,
-                "optimizer": self._optimizer.state_dict(),
-                "step": run.step,
-                "samples_seen": run.step * self._schedule.batch_size,
-                "options": plain_options(options),
-                "data": task.data.fingerprint,
-                "images": len(task.data),
-                "meter": self.epoch_meter.state(),
-            },
+        state = _state_of(
+            task, options, run.step, self._optimizer.state_dict(), self.epoch_meter.state()
         )
+        self._require_finite(_largest(state["model"]))
+        save_checkpoint(options.output, run.step, state)
         if options.keep_checkpoints:
             prune_checkpoints(options.output, options.keep_checkpoints)
 

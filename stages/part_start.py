@@ -1,7 +1,8 @@
 """Where a part learner begins: token statistics, the background vote, anchors from k-means."""
 
 import sys
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from ..errors import SettingError
 from ..models.encoders import FrozenEncoder, Tokens
-from ..models.parts import PartArchitecture, PartLearner
+from ..models.part_scores import AnchoredTokens, GridCells, SetCentres
+from ..models.parts import LEARNED, PartArchitecture, PartLearner
 from ..pipeline.image_source import ImageSource, batches_in_order
 from ..pipeline.progress import Progress
+from .evals.metrics import fixed_grid
 
 if TYPE_CHECKING:
     from .learn_parts import LearnPartsOptions
@@ -99,6 +102,9 @@ def started_learner(
         tokens: Of a sample of the data.
         grid: (h, w).
         options: The learner's settings.
+
+    Raises:
+        SettingError: There are fewer patches than clusters.
     """
     patches, width = tokens.patches, tokens.patches.shape[2]
     mean = patches.mean(dim=(0, 1))
@@ -106,50 +112,126 @@ def started_learner(
         mean = patches.mean(dim=0)
     std = (patches - mean).flatten(0, 1).std(0) + 1e-6
     standard = ((patches - mean) / std).numpy()
+    vote = _voted(standard, tokens, grid, options) if options.background_kind == "voted" else None
     background = options.background_kind
-    if background == "voted":
-        kmeans = _cluster(standard.reshape(-1, width), options.clusters, options.seed)
-        assigned = kmeans.predict(standard.reshape(-1, width)).reshape(patches.shape[:2])
-        attention = tokens.attention.mean(dim=1).numpy()
-        objects = vote_for_objects(assigned.astype(np.int64), attention, grid, options.clusters)
-        is_object = objects[assigned]
-        share = float(is_object.mean())
-        if not OBJECT_SHARE[0] <= share <= OBJECT_SHARE[1]:
-            print(
-                f"the background vote calls {share:.0%} of the patches object, outside "
-                f"{OBJECT_SHARE[0]:.0%} to {OBJECT_SHARE[1]:.0%}: learning without a background",
-                file=sys.stderr,
-            )
-            background = "none"
-    architecture = PartArchitecture(
-        width=width,
-        parts=options.num_parts,
-        variant=options.variant,
-        background=background,
-        clusters=options.clusters,
-        class_share=options.class_share,
-        temperature=options.temperature,
-        blur=options.blur,
-        pixel_decoder=options.weights[1] > 0,
-        decoder_width=options.decoder_width,
-        decoder_noise=options.decoder_noise,
-        places=len(mean) if mean.ndim == 2 else 0,
-    )
-    torch.manual_seed(options.seed)
-    learner = PartLearner(architecture)
+    if background == "voted" and vote is None:
+        background = "none"
+    learner = _shaped(tokens, mean, background, options)
     learner.token_mean.copy_(mean)
     learner.token_std.copy_(std)
     learner.class_mean.copy_(tokens.class_token.mean(0))
     learner.class_std.copy_(tokens.class_token.std(0, correction=0) + 1e-6)
     of_parts = standard.reshape(-1, width)
-    if background == "voted":
-        learner.centres.copy_(torch.from_numpy(kmeans.cluster_centers_))
-        learner.is_object.copy_(torch.from_numpy(objects.astype(np.float32)))
-        of_parts = standard[is_object]
-    if options.variant == "anchored":
-        centres = _cluster(of_parts, architecture.tokens, options.seed).cluster_centers_
-        learner.anchors.data.copy_(torch.from_numpy(centres))
+    if vote is not None:
+        learner.centres.copy_(torch.from_numpy(vote.centres))
+        learner.is_object.copy_(torch.from_numpy(vote.objects.astype(np.float32)))
+        of_parts = standard[vote.objects[vote.assigned]]
+    _start_scores(learner, of_parts, grid, options)
     return learner
+
+
+@dataclass(frozen=True)
+class _Vote:
+    """Clusters of patch tokens (C, D), the cluster of each patch (B, L), which are object (C,)."""
+
+    centres: NDArray[np.float32]
+    assigned: NDArray[np.int64]
+    objects: NDArray[np.bool_]
+
+
+def _voted(
+    standard: NDArray[np.float32],
+    tokens: Tokens,
+    grid: tuple[int, int],
+    options: "LearnPartsOptions",
+) -> _Vote | None:
+    """The background vote; None where it found something else."""
+    flat = standard.reshape(-1, standard.shape[2])
+    kmeans = _cluster(flat, options.clusters, options.seed)
+    assigned = kmeans.predict(flat).reshape(standard.shape[:2]).astype(np.int64)
+    attention = tokens.attention.mean(dim=1).numpy()
+    objects = vote_for_objects(assigned, attention, grid, options.clusters)
+    share = float(objects[assigned].mean())
+    if OBJECT_SHARE[0] <= share <= OBJECT_SHARE[1]:
+        return _Vote(kmeans.cluster_centers_, assigned, objects)
+    print(
+        f"the background vote calls {share:.0%} of the patches object, outside "
+        f"{OBJECT_SHARE[0]:.0%} to {OBJECT_SHARE[1]:.0%}: learning without a background",
+        file=sys.stderr,
+    )
+    return None
+
+
+def _shaped(
+    tokens: Tokens,
+    mean: Tensor,
+    background: Literal["voted", "token", "none"],
+    options: "LearnPartsOptions",
+) -> PartLearner:
+    """A learner of the shape that tokens and options ask for, its weights drawn by the seed."""
+    _, places, width = tokens.patches.shape
+    torch.manual_seed(options.seed)
+    return PartLearner(
+        PartArchitecture(
+            width=width,
+            style_width=tokens.class_token.shape[1],
+            parts=tokens.attention.shape[1]
+            if options.variant == "attention"
+            else options.num_parts,
+            variant=options.variant,
+            background=background,
+            clusters=options.clusters,
+            class_share=options.class_share,
+            temperature=options.temperature,
+            blur=options.blur,
+            pixel_decoder=options.variant in LEARNED and options.weights[1] > 0,
+            decoder_width=options.decoder_width,
+            decoder_noise=options.decoder_noise,
+            places=places if mean.ndim == 2 else 0,
+            grid_places=places if options.variant == "grid" else 0,
+        )
+    )
+
+
+def _start_scores(
+    learner: PartLearner,
+    of_parts: NDArray[np.float32],
+    grid: tuple[int, int],
+    options: "LearnPartsOptions",
+) -> None:
+    """What a variant begins with: anchors or centres from k-means, cells of the grid."""
+    scores, parts = learner.scores, learner.architecture.tokens
+    if isinstance(scores, GridCells):
+        scores.cells.copy_(torch.from_numpy(fixed_grid(*grid, parts)))
+    elif isinstance(scores, (AnchoredTokens, SetCentres)):
+        kmeans = _cluster(of_parts, parts, options.seed)
+        order = part_order(kmeans.cluster_centers_, kmeans.labels_, options.part_order)
+        centres = torch.from_numpy(kmeans.cluster_centers_[order])
+        own = scores.anchors.data if isinstance(scores, AnchoredTokens) else scores.centres
+        own.copy_(centres)
+
+
+def part_order(
+    centres: NDArray[np.float32], assigned: NDArray[np.integer], by: Literal["area", "direction"]
+) -> NDArray[np.int64]:
+    """An order of clusters that does not hang on how k-means happened to number them.
+
+    Args:
+        centres: (N, D).
+        assigned: Cluster of each patch, (M,).
+        by: ``area``: the largest first; ``direction``: along the first principal direction of the
+            centres, whose largest component counts as positive.
+
+    Returns:
+        int64 (N,), old numbers in the new order.
+    """
+    if by == "area":
+        sizes = np.bincount(assigned, minlength=len(centres))
+        return np.argsort(-sizes, kind="stable")
+    apart = centres - centres.mean(axis=0)
+    direction = np.linalg.svd(apart, full_matrices=False)[2][0]
+    direction = direction * np.sign(direction[np.abs(direction).argmax()])
+    return np.argsort(apart @ direction, kind="stable")
 
 
 def position_share(patches: Tensor) -> float:

@@ -87,7 +87,7 @@ def test_architecture__counts_channels_and_tokens(
     made = learner(variant=variant, background=background)
     shape = made.architecture
     assert (shape.channels, shape.tokens) == (channels, part_tokens)
-    assert made.part_tokens(torch.randn(2, WIDTH)).shape == (2, part_tokens, WIDTH)
+    assert made.scores.tokens(torch.randn(2, WIDTH)).shape == (2, part_tokens, WIDTH)
     assert PartArchitecture(**shape.to_record()) == shape
 
 
@@ -110,8 +110,9 @@ def test_architecture__refuses_what_is_out_of_range(changes: dict[str, Any], tol
 @pytest.mark.parametrize("background", ["token", "none"])
 def test_maps__are_a_softmax_over_cosines(background: str) -> None:
     made = learner(background=background, blur=0.0)
-    patches, style = made.standardise(tokens())
-    queries, maps = made.part_tokens(style), made.maps(patches, style, GRID).flatten(2)
+    known = made.patches(tokens())
+    patches = known.features
+    queries, maps = made.scores.tokens(known.style), made.maps(known, GRID).flatten(2)
     for image in range(2):
         for place in range(patches.shape[1]):
             cosines = [
@@ -146,9 +147,9 @@ def test_standardise__undoes_mean_and_deviation() -> None:
         wanted.patches * made.token_std + made.token_mean,
         wanted.attention,
     )
-    patches, style = made.standardise(raw)
-    torch.testing.assert_close(patches, wanted.patches, rtol=0, atol=1e-5)
-    torch.testing.assert_close(style, wanted.class_token, rtol=0, atol=1e-5)
+    known = made.patches(raw)
+    torch.testing.assert_close(known.features, wanted.patches, rtol=0, atol=1e-5)
+    torch.testing.assert_close(known.style, wanted.class_token, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -164,9 +165,9 @@ def test_maps__move_with_the_patches(variant: str, background: str) -> None:
 @torch.no_grad()
 def test_maps__of_the_voted_background_follow_the_clusters() -> None:
     made = learner(blur=0.0)
-    patches, style = made.standardise(tokens())
-    maps = made.maps(patches, style, GRID).flatten(2)
-    mask = made.object_mask(patches)
+    known = made.patches(tokens())
+    patches, mask = known.features, known.objects
+    maps = made.maps(known, GRID).flatten(2)
     for image in range(2):
         for place in range(15):
             distances = [float((patches[image, place] - c).norm()) for c in made.centres]
@@ -177,12 +178,11 @@ def test_maps__of_the_voted_background_follow_the_clusters() -> None:
 
 
 def test_maps__take_the_meaning_of_parts_from_anchors_only_when_anchored() -> None:
-    patches, style = learner().standardise(tokens())
+    style = learner().patches(tokens()).style
     for variant, same in (("anchored", True), ("paper", False)):
         made = learner(variant=variant, background="none", class_share=0.0)
-        first, second = made.part_tokens(style)
+        first, second = made.scores.tokens(style)
         assert torch.equal(first, second) is same
-    assert patches.shape == (2, 15, WIDTH)
 
 
 def test_maps__stay_in_float32_under_autocast() -> None:
@@ -199,7 +199,7 @@ def test_state__of_the_paper_variant_has_no_anchors_and_comes_back(
 ) -> None:
     changes = {"background": background, "pixel_decoder": pixel_decoder, "decoder_width": 8}
     made = learner(0, variant="paper", **changes)
-    assert "anchors" not in made.state_dict()
+    assert "scores.anchors" not in made.state_dict()
     other = learner(1, variant="paper", **changes)
     assert not torch.equal(other(tokens(), GRID), made(tokens(), GRID))
     other.load_state_dict(made.state_dict())
@@ -209,8 +209,8 @@ def test_state__of_the_paper_variant_has_no_anchors_and_comes_back(
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_learning__moves_every_parameter(variant: str) -> None:
     made = learner(variant=variant, pixel_decoder=True, decoder_width=8)
-    patches, style = made.standardise(tokens())
-    maps = made.maps(patches, style, GRID)
+    known = made.patches(tokens())
+    patches, style, maps = known.features, known.style, made.maps(known, GRID)
     assert made.decoder is not None
     rebuilt = rebuilt_features(maps.flatten(2), patches)
     loss = (rebuilt - patches).square().mean() + diversity(maps.flatten(2)).mean()

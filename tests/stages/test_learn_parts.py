@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -7,10 +8,21 @@ import torch
 
 from semmae.errors import MismatchError, MissingError, SettingError
 from semmae.models.encoders import Tokens
+from semmae.models.parts import part_labels
+from semmae.pipeline.crops import squash
+from semmae.pipeline.image_source import ImageSource
+from semmae.pipeline.sources import list_images
+from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.learn_parts import learn_parts
 from semmae.stages.networks import open_encoder, open_learner, save_encoder
-from semmae.stages.part_start import position_share, started_learner, vote_for_objects
+from semmae.stages.part_start import (
+    part_order,
+    position_share,
+    started_learner,
+    vote_for_objects,
+)
 from semmae.storage.checkpoints import load_checkpoint
+from semmae.storage.part_store import PartStore
 from semmae.tests.world import World, learn_options
 
 
@@ -122,8 +134,58 @@ def test_started_learner__takes_positions_off_where_they_are_most_of_the_tokens(
     options = learn_options(world, tmp_path, background="none")
     learner = started_learner(tokens, (4, 4), options)
     assert learner.architecture.places == 16
-    patches, _ = learner.standardise(tokens)
-    assert patches.mean(dim=0).abs().max() < 1e-4
+    assert learner.patches(tokens).features.mean(dim=0).abs().max() < 1e-4
     kept = started_learner(tokens, (4, 4), replace(options, positions="keep"))
     assert kept.architecture.places == 0
-    assert kept.standardise(tokens)[0].mean(dim=0).abs().max() > 0.5
+    assert kept.patches(tokens).features.mean(dim=0).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("variant", ["kmeans", "image-kmeans", "colour", "attention", "grid"])
+def test_learn_parts__baselines_need_no_training_and_extract(
+    world: World, tmp_path: Path, variant: str
+) -> None:
+    options = learn_options(world, tmp_path / "run", variant=variant, background="none")
+    assert learn_parts(options) == learn_parts(options)
+    trained = open_learner(tmp_path / "run")
+    assert trained.learner.architecture.variant == variant
+    assert not list(trained.learner.parameters())
+    record = extract_parts(
+        ExtractPartsOptions(data=world.data, learner=tmp_path / "run", output=tmp_path / "store")
+    )
+    assert record["ok"] == record["images"]
+    stored = PartStore.open(tmp_path / "store").labels()
+    images = ImageSource(list_images(world.data, "train"))
+    pixels = torch.from_numpy(squash(images.decoded(0), trained.image_size))[None]
+    maps = trained.learner(trained.encoder(pixels), trained.grid, pixels)
+    assert np.array_equal(stored[0], part_labels(maps)[0][0].numpy())
+
+
+def test_learn_parts__cached_tokens_are_those_of_the_images(world: World, tmp_path: Path) -> None:
+    fresh = learn_parts(learn_options(world, tmp_path / "fresh"))
+    count = len(list_images(world.data, "train"))
+    cached = learn_parts(learn_options(world, tmp_path / "cached", cached_images=count))
+    first, second = (load_checkpoint(path)["model"] for path in (fresh, cached))
+    for name, weights in first.items():
+        # Tokens are kept in float16: eleven bits of each.
+        torch.testing.assert_close(second[name], weights, rtol=0.02, atol=0.02)
+    again = learn_options(world, tmp_path / "cached", cached_images=count)
+    assert learn_parts(again) == cached
+
+
+def test_learn_parts__cached_tokens_cannot_rebuild_pixels(world: World, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="--cached-images keeps tokens"):
+        learn_options(world, tmp_path, cached_images=4, pixel_weight=0.5)
+
+
+@pytest.mark.parametrize("by", ["area", "direction"])
+def test_part_order__does_not_hang_on_the_numbering(by: Literal["area", "direction"]) -> None:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(5, 8)).astype(np.float32)
+    assigned = rng.choice(5, size=1000, p=[0.1, 0.3, 0.05, 0.35, 0.2])
+    wanted = centres[part_order(centres, assigned, by)]
+    for _ in range(5):
+        renumbered = rng.permutation(5)  # old number of each new one
+        found = part_order(centres[renumbered], np.argsort(renumbered)[assigned], by)
+        assert np.array_equal(centres[renumbered][found], wanted)
+    if by == "area":
+        assert part_order(centres, assigned, by).tolist() == [3, 1, 4, 0, 2]
