@@ -30,6 +30,7 @@ if typing.TYPE_CHECKING:
     from .stages.evals.linear import LinearOptions
     from .stages.evals.parts import PartsOptions
     from .stages.extract_parts import ExtractPartsOptions
+    from .stages.import_parts import ImportPartsOptions
     from .stages.initialise import InitialiseOptions
     from .stages.learn_parts import LearnPartsOptions
     from .stages.make_creatures import MakeCreaturesOptions
@@ -303,8 +304,8 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if kind in (float, str) and isinstance(value, int) and not isinstance(value, bool):
+        return kind(value)  # a size is text, since it may be 224x320, but 224 needs no quotes
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise SettingError(f"{where} is {value!r}: expected {kind.__name__}")
     return value
@@ -438,6 +439,15 @@ def _info(store: Annotated[Path, typer.Argument(help="Part store.")]) -> None:
     from .stages.show import parts_info
 
     _print_metrics(parts_info(store))
+
+
+@command("parts import", "import_parts:ImportPartsOptions")
+def _import_parts(options: "ImportPartsOptions") -> None:
+    """Make a part store from label images, such as true parts."""
+    from .stages.import_parts import import_parts
+
+    record = import_parts(options)
+    print(f"wrote the part store {options.output}: {record['ok']} images, {record['bad']} bad")
 
 
 @command("parts show", "show:ShowPartsOptions", arguments=("parts",))

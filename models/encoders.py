@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import MissingError, SettingError, UserError
 from .foreign import transformer_of
+from .readings import DEFAULT_READING, Reading, class_attention, facet_of, outputs_kept
 from .vision import IMAGENET_MEAN, IMAGENET_STD, normalise, sincos_positions
 
 
@@ -25,8 +26,10 @@ class Tokens:
     """What an encoder makes of a batch.
 
     Attributes:
-        class_token: (B, D), after the last norm; the mean patch token where an encoder has none.
-        patches: (B, L, D), after the last norm, row by row.
+        class_token: (B, D), after the final norm; the mean patch token of the last block where an
+            encoder has none or its reading is pooled.
+        patches: (B, L, D times the blocks read), row by row; by default those of the last block
+            after the final norm.
         attention: (B, A, L), the class token's attention in the last block, by head; softmaxed
             over all tokens, so a row sums to less than 1.  Uniform where there is no class token.
     """
@@ -44,6 +47,11 @@ class FrozenEncoder(nn.Module):
         mean: Of the pixels in [0, 1] it was trained on.
         std: Likewise.
         name: What to call it in records.
+        reading: Which blocks to read, and what of them.
+        timm_name: By which timm can make the network again, if any.
+
+    Raises:
+        SettingError: The reading names blocks that the transformer has not.
     """
 
     mean: Tensor
@@ -55,17 +63,25 @@ class FrozenEncoder(nn.Module):
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         name: str = "encoder",
+        reading: Reading = DEFAULT_READING,
+        timm_name: str = "",
     ) -> None:
         super().__init__()
         self.transformer = transformer.eval().requires_grad_(False)
-        self.name = name
+        self.name, self.reading, self.timm_name = name, reading, timm_name
+        self._read = reading.indices(len(transformer.blocks))
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, channels of the class token."""
         return int(self.transformer.embed_dim)
+
+    @property
+    def patch_width(self) -> int:
+        """Channels of a patch: D times the blocks read."""
+        return self.width * len(self._read)
 
     @property
     def heads(self) -> int:
@@ -98,46 +114,52 @@ class FrozenEncoder(nn.Module):
         Returns:
             float tokens in the precision of the surrounding autocast.
         """
-        model, seen = self.transformer, []
-        attention = model.blocks[-1].attn
-        # Fused attention keeps no weights: what it is given is kept to make them again.
-        hook = attention.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-        try:
-            tokens = model.forward_features(normalise(images, self.mean, self.std))
-        finally:
-            hook.remove()
+        model = self.transformer
+        with outputs_kept(self._sources()) as kept:
+            final = model.forward_features(normalise(images, self.mean, self.std))
         prefix = model.num_prefix_tokens
-        patches = tokens[:, prefix:]
+        patches = self._patches(final, kept)
         if model.cls_token is None:
-            batch, count, _ = patches.shape
-            uniform = patches.new_full((batch, self.heads, count), 1 / count)
-            return Tokens(patches.mean(dim=1), patches, uniform)
-        return Tokens(tokens[:, 0], patches, class_attention(attention, seen[0])[..., prefix:])
+            count = patches.shape[1]
+            attention = patches.new_full((len(patches), self.heads, count), 1 / count)
+        else:
+            last = model.blocks[-1].attn
+            # Fused attention keeps no weights: they are made again.
+            attention = class_attention(last, kept[last.qkv])[..., prefix:]
+        pooled = self.reading.pooled or model.cls_token is None
+        summary = final[:, prefix:].mean(dim=1) if pooled else final[:, 0]
+        # Networks that pool have their final norm behind the pooling, and then none before it.
+        return Tokens(model.fc_norm(summary), patches, attention)
+
+    def _sources(self) -> set[nn.Module]:
+        """The modules whose outputs a reading is made of, beside the transformer's own."""
+        blocks = self.transformer.blocks
+        read = [blocks[index] for index in self._read]
+        if self.reading.kind != "tokens":
+            return {block.attn.qkv for block in [*read, blocks[-1]]}
+        return {block for block in read if block is not blocks[-1]} | {blocks[-1].attn.qkv}
+
+    def _patches(self, final: Tensor, kept: dict[nn.Module, Tensor]) -> Tensor:
+        """The patch features (B, L, D times the blocks) of the reading."""
+        model, kind, found = self.transformer, self.reading.kind, []
+        for block in (model.blocks[index] for index in self._read):
+            if kind != "tokens":
+                states = facet_of(block.attn, kept[block.attn.qkv], kind)
+            else:
+                last = block is model.blocks[-1]
+                states = model.fc_norm(final if last else model.norm(kept[block]))
+            found.append(states[:, model.num_prefix_tokens :])
+        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
 
-def class_attention(attention: Attention, tokens: Tensor) -> Tensor:
-    """What the class token attends to, by head.
-
-    Args:
-        attention: The attention layer of a block.
-        tokens: (B, N, D), what it is given; the class token first.
-
-    Returns:
-        (B, A, N), summing to 1 over all tokens.
-    """
-    batch, count, _ = tokens.shape
-    qkv = attention.qkv(tokens).reshape(batch, count, 3, attention.num_heads, -1)
-    query, key, _ = qkv.permute(2, 0, 3, 1, 4)
-    query, key = attention.q_norm(query[:, :, :1]), attention.k_norm(key)
-    scores = (query * attention.scale) @ key.transpose(2, 3)
-    return scores.softmax(dim=-1)[:, :, 0]  # type: ignore[no-any-return]
-
-
-def timm_encoder(name: str, pretrained: bool = True) -> FrozenEncoder:
+def timm_encoder(
+    name: str, pretrained: bool = True, reading: Reading = DEFAULT_READING
+) -> FrozenEncoder:
     """An encoder by its timm name, such as ``vit_small_patch16_224.dino``.
 
     Raises:
-        SettingError: timm has no vision transformer, or no weights, of that name.
+        SettingError: timm has no vision transformer, or no weights, of that name, or it has not
+            the blocks of the reading.
         MissingError: Its weights cannot be had: no network, and none stored.
     """
     try:
@@ -153,7 +175,9 @@ def timm_encoder(name: str, pretrained: bool = True) -> FrozenEncoder:
     ):
         raise SettingError(f"timm's {name} is {_NO_TRANSFORMER}")
     config = model.pretrained_cfg
-    return FrozenEncoder(model, config["mean"], config["std"], f"timm:{name}")
+    return FrozenEncoder(
+        model, config["mean"], config["std"], f"timm:{name}", reading, timm_name=name
+    )
 
 
 _NO_TRANSFORMER = (
@@ -188,6 +212,7 @@ def build_encoder(
     name: str,
     heads: int | None = None,
     image_size: tuple[int, int] = (0, 0),
+    reading: Reading = DEFAULT_READING,
 ) -> FrozenEncoder:
     """A frozen encoder from what a weight file holds, in any layout that `foreign` knows.
 
@@ -196,12 +221,14 @@ def build_encoder(
         name: What to call it in records and errors.
         heads: As for `transformer_of`.
         image_size: Likewise.
+        reading: Which blocks to read, and what of them.
 
     Raises:
-        SettingError: The file holds no vision transformer.
+        SettingError: The file holds no vision transformer, or not the blocks of the reading.
         DamageError: Tensors are missing or do not fit.
     """
-    return FrozenEncoder(transformer_of(state, name, heads, image_size), name=name)
+    model = transformer_of(state, name, heads, image_size)
+    return FrozenEncoder(model, name=name, reading=reading)
 
 
 def untrained(encoder: FrozenEncoder, seed: int) -> FrozenEncoder:
@@ -214,7 +241,7 @@ def untrained(encoder: FrozenEncoder, seed: int) -> FrozenEncoder:
         seed: Of the weights, which are the same on every device.
 
     Returns:
-        The fresh one, on the device of ``encoder``.
+        The fresh one, read as ``encoder`` is, on its device.
     """
     model = copy.deepcopy(encoder.transformer).cpu()
     positions = model.pos_embed.detach().clone()
@@ -229,5 +256,6 @@ def untrained(encoder: FrozenEncoder, seed: int) -> FrozenEncoder:
     if positions.shape == fixed.shape and torch.allclose(positions, fixed, atol=1e-5):
         model.pos_embed.data.copy_(fixed)
     mean, std = tuple(encoder.mean.tolist()), tuple(encoder.std.tolist())
-    fresh = FrozenEncoder(model, mean, std, f"untrained {encoder.name}")
+    name = f"untrained {encoder.name}"
+    fresh = FrozenEncoder(model, mean, std, name, encoder.reading, encoder.timm_name)
     return fresh.to(encoder.mean.device)

@@ -2,43 +2,27 @@
 
 import dataclasses
 import functools
-import sys
 import time
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from .. import __version__
 from ..errors import SettingError
 from ..models.parts import part_labels
 from ..pipeline.cluster import Placement, map_shards, refuse_without_room
-from ..pipeline.crops import squash
-from ..pipeline.decoding import BadImage, decode_image
-from ..pipeline.options import choose_device, plain_options, require
+from ..pipeline.options import choose_device, require
 from ..pipeline.plan import Plan
-from ..pipeline.progress import Progress
 from ..pipeline.sources import ImageReader, Split, list_images
-from ..storage.files import write_json
-from ..storage.part_identity import META_SCHEMA, StoreIdentity, shard_size_for
+from ..storage.part_identity import StoreIdentity, shard_size_for
 from ..storage.part_records import read_plan
-from ..storage.part_writer import (
-    committed_shards,
-    complete_store,
-    create_store,
-    damaged_shards,
-    uncommit,
-    write_shard,
-)
 from .networks import TrainedLearner, open_learner
+from .store_filling import LoadedImage, commit_shard, fill_store, load_image, meta_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +57,6 @@ class ExtractPartsOptions:
                 "--address names a Ray cluster, but --workers is 0, which works without Ray: "
                 "expected --workers 1 or more"
             )
-
-
-class _Loaded(NamedTuple):
-    """One image as a worker has read it: pixels, or why there are none."""
-
-    pixels: NDArray[np.uint8] | None
-    height: int | None
-    width: int | None
-    crc32: int
-    bad: BadImage | None
 
 
 class ExtractionWorker:
@@ -128,34 +102,20 @@ class ExtractionWorker:
             after = first + size
             waiting = self._pool.map(self._load, range(after, min(after + size, stop)))
             made = self._infer(loaded)
-            rows += self._meta(first, loaded, made)
+            labels, confidence = made["labels"], made["confidence"]
+            rows += meta_rows(self._plan, first, loaded, labels, confidence, self.identity.parts)
             for name in ("labels", "class_attention", "probabilities"):
                 if name in made:
                     arrays.setdefault(name, []).append(made[name])
-        meta = pa.Table.from_pylist(rows, META_SCHEMA)
         whole = {name: np.concatenate(parts) for name, parts in arrays.items()}
-        commit = write_shard(self._options.output, shard, whole.pop("labels"), meta, **whole)
-        return {
-            "shard": shard,
-            "ok": commit["ok"],
-            "bad": commit["bad"],
-            "seconds": time.monotonic() - began,
-        }
+        record = commit_shard(self._options.output, shard, rows, **whole)
+        return {**record, "seconds": time.monotonic() - began}
 
-    def _load(self, index: int) -> _Loaded:
-        """Read, check, decode and squash one image."""
-        checksum = 0
-        try:
-            data = self._reader.read(index)
-            checksum = zlib.crc32(data)
-            image = decode_image(data)
-        except BadImage as bad:
-            return _Loaded(None, None, None, checksum, bad)
-        height, width = image.shape[:2]
-        return _Loaded(squash(image, self._trained.image_size), height, width, checksum, None)
+    def _load(self, index: int) -> LoadedImage:
+        return load_image(self._reader, index, self._trained.image_size)
 
     @torch.no_grad()
-    def _infer(self, loaded: list[_Loaded]) -> dict[str, NDArray[Any]]:
+    def _infer(self, loaded: list[LoadedImage]) -> dict[str, NDArray[Any]]:
         """Part maps of a batch: labels, margins and what else the store keeps, (n, ...)."""
         height, width = self._trained.image_size
         batch = np.zeros((self.identity.batch_size, height, width, 3), dtype=np.uint8)
@@ -164,42 +124,16 @@ class ExtractionWorker:
                 place[:] = image.pixels
         half = self._options.precision == "bf16"
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=half):
-            tokens = self._trained.encoder(torch.from_numpy(batch).to(self._device))
-        maps = self._trained.learner(tokens, self.identity.grid)
+            images = torch.from_numpy(batch).to(self._device)
+            tokens = self._trained.encoder(images)
+        maps = self._trained.learner(tokens, self.identity.grid, images)
         labels, margin = part_labels(maps)
-        made = {"labels": labels, "margin": margin.mean(dim=(1, 2))}
+        made = {"labels": labels, "confidence": margin.mean(dim=(1, 2))}
         if self._options.class_attention:
             made["class_attention"] = tokens.attention.unflatten(2, self.identity.grid).half()
         if self._options.probabilities:
             made["probabilities"] = maps.half()
         return {name: value[: len(loaded)].cpu().numpy() for name, value in made.items()}
-
-    def _meta(
-        self, first: int, loaded: list[_Loaded], made: dict[str, NDArray[Any]]
-    ) -> list[dict[str, Any]]:
-        keys, classes = self._plan.keys, self._plan.labels
-        rows = []
-        for place, image in enumerate(loaded):
-            index, bad = first + place, image.bad
-            labels = made["labels"][place].ravel()
-            areas = np.bincount(labels, minlength=self.identity.parts) / labels.size
-            rows.append(
-                {
-                    "index": index,
-                    "key": keys[index],
-                    "label": int(classes[index]),
-                    "width": image.width,
-                    "height": image.height,
-                    "crc32": image.crc32,
-                    "status": "ok" if bad is None else "bad",
-                    "error_code": bad and bad.code,
-                    "error_kind": bad and bad.kind,
-                    "error": bad and bad.message,
-                    "confidence": float(made["margin"][place]) if bad is None else None,
-                    "part_areas": areas.tolist() if bad is None else None,
-                }
-            )
-        return rows
 
 
 def identity_of(options: ExtractPartsOptions, plan: Plan, trained: TrainedLearner) -> StoreIdentity:
@@ -254,32 +188,17 @@ def extract_parts(
     refuse_without_room(placement)
     plan = list_images(options.data, options.split)
     trained = open_learner(options.learner)
-    create_store(options.output, identity_of(options, plan, trained), plan.table, plan.class_names)
-    identity = read_plan(options.output)[0]
-    if not (options.output / "complete.json").exists():
-        # What an interrupted run left may have been altered since; what is damaged is done again.
-        uncommit(options.output, damaged_shards(options.output))
-    done = committed_shards(options.output)
-    todo = [shard for shard in range(identity.shards) if shard not in done]
-    started = datetime.now(UTC)
-    finished = sum(stop - start for start, stop in map(identity.shard_range, done))
-    bad = 0
-    if todo:
-        make = make_worker or functools.partial(
-            ExtractionWorker, _from_anywhere(options), str(Path(plan.root).absolute())
-        )
-        with Progress("extracting parts", identity.images, "image", finished) as progress:
-            for record in map_shards(make, todo, placement):
-                bad += record["bad"]
-                progress.update(record["ok"] + record["bad"], bad=bad)
-    complete = complete_store(options.output)
-    _record_run(options, started, len(todo), complete)
-    if not complete["ok"]:
-        raise SettingError(
-            f"not one of the {complete['images']} images in {options.data} could be read: "
-            f"the error columns of {options.output / 'meta'} say why"
-        )
-    return complete
+    make = make_worker or functools.partial(
+        ExtractionWorker, _from_anywhere(options), str(Path(plan.root).absolute())
+    )
+    return fill_store(
+        "stage1 extract-parts",
+        "extracting parts",
+        options,
+        identity_of(options, plan, trained),
+        plan,
+        lambda shards: map_shards(make, shards, placement),
+    )
 
 
 def _from_anywhere(options: ExtractPartsOptions) -> ExtractPartsOptions:
@@ -287,28 +206,3 @@ def _from_anywhere(options: ExtractPartsOptions) -> ExtractPartsOptions:
     return dataclasses.replace(
         options, output=options.output.absolute(), learner=options.learner.absolute()
     )
-
-
-def _record_run(
-    options: ExtractPartsOptions, started: datetime, shards: int, complete: dict[str, Any]
-) -> None:
-    """Keep what differs from run to run apart from the store itself."""
-    write_json(
-        options.output / "runs" / f"{started:%Y%m%dT%H%M%S.%f}Z.json",
-        {
-            "command": "stage1 extract-parts",
-            "options": plain_options(options),
-            "started": started.isoformat(),
-            "finished": datetime.now(UTC).isoformat(),
-            "shards": shards,
-            "ok": complete["ok"],
-            "bad": complete["bad"],
-            "versions": {"semmae": __version__, "torch": torch.__version__},
-        },
-    )
-    if complete["bad"]:
-        print(
-            f"{complete['bad']} of {complete['images']} images could not be used: status and "
-            f"error in {options.output / 'meta'} name them",
-            file=sys.stderr,
-        )

@@ -9,6 +9,7 @@ import torch
 from ..errors import MismatchError, SettingError
 from ..models.encoders import FrozenEncoder, Tokens
 from ..models.parts import LEARNED, PartArchitecture, PartLearner, Variant
+from ..models.readings import Facet
 from ..pipeline.feeding import TrainingData
 from ..pipeline.image_source import ImageSource
 from ..pipeline.loaders import SquashedData
@@ -16,7 +17,7 @@ from ..pipeline.options import TrainingOptions, choose_device, require
 from ..pipeline.sources import Split, list_images
 from ..pipeline.training import fit, keep, refuse_foreign_folder
 from ..storage.checkpoints import checkpoints, load_checkpoint
-from .networks import ENCODER_FILE, image_size_of, open_encoder, shaped_learner
+from .networks import ENCODER_FILE, image_size_of, open_encoder, parse_reading, shaped_learner
 from .part_start import sample_tokens, started_learner
 from .part_training import CachedTokens, PartLearning
 
@@ -28,7 +29,16 @@ class LearnPartsOptions(TrainingOptions):
     data: Annotated[str, "Images: a folder, or Parquet."]
     encoder: Annotated[str, "Frozen encoder: timm:<name>, a weight file, or the folder of a run."]
     split: Annotated[Split, "Which images of the data."] = "train"
-    image_size: Annotated[int, "Pixels that images are squashed to; 0: the encoder's own."] = 0
+    image_size: Annotated[
+        str,
+        "Pixels that images are squashed to, 224 or 224x320 (height x width); 0: the encoder's.",
+    ] = "0"
+    blocks: Annotated[str, "Blocks whose patch tokens are read, from 1, or -1 for the last."] = "-1"
+    facet: Annotated[
+        Facet,
+        "What is read of them: the block's tokens, or its attention's keys, queries or values.",
+    ] = "tokens"
+    pooled: Annotated[bool, "Take the mean patch token for the class token."] = False
     num_parts: Annotated[int, "Parts, the background not counted."] = 6
     variant: Annotated[
         Variant,
@@ -80,7 +90,7 @@ class LearnPartsOptions(TrainingOptions):
         for name in ("clusters", "sample_images", "decoder_width"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.cached_images >= 0, "cached_images", self.cached_images, "0 or more")
-        require(self.image_size >= 0, "image_size", self.image_size, "0 or more")
+        parse_reading(self.blocks, self.facet, self.pooled)
         for name in ("diversity_weight", "class_share"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(0 <= self.blur <= 8, "blur", self.blur, "0 to 8 patches")
@@ -142,7 +152,13 @@ def learn_parts(options: LearnPartsOptions) -> Path:
     found = checkpoints(options.output)
     learner = _recorded_learner(found[-1][1]) if found else None
     # A run goes on with the encoder that it began with, whatever the path holds now.
-    encoder = open_encoder(str(options.output / ENCODER_FILE) if found else options.encoder)
+    encoder = (
+        open_encoder(str(options.output / ENCODER_FILE))
+        if found
+        else open_encoder(
+            options.encoder, parse_reading(options.blocks, options.facet, options.pooled)
+        )
+    )
     size = image_size_of(options.image_size, encoder.native_size, encoder.patch_size)
     encoder.to(choose_device(options.device))
     data, tokens = _training_data(encoder, images, size, learner is None, options)

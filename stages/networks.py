@@ -3,7 +3,8 @@
 import contextlib
 import hashlib
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..errors import MissingError, SettingError
 from ..models.autoencoder import Architecture, MaskedAutoencoder
 from ..models.encoders import FrozenEncoder, build_encoder, timm_encoder
 from ..models.parts import PartArchitecture, PartLearner
+from ..models.readings import DEFAULT_READING, Facet, Reading
 from ..storage.checkpoints import file_hash, load_checkpoint, resolve_checkpoint
 from ..storage.files import atomic_file
 
@@ -20,57 +22,70 @@ ENCODER_FILE = "encoder.safetensors"
 """The frozen encoder in the folder of a part learner, so that the folder is all one needs."""
 
 
-def open_encoder(named: str) -> FrozenEncoder:
+def open_encoder(named: str, reading: Reading | None = None) -> FrozenEncoder:
     """The encoder of ``--encoder`` or ``--checkpoint``.
 
     Args:
         named: ``timm:<name>``, a weight file, or the folder of a run.
+        reading: Which blocks to read, and what of them; None is what `save_encoder` recorded in
+            the file, else the patch tokens of the last block.
 
     Raises:
-        SettingError: timm has no such network, or the file holds no vision transformer.
+        SettingError: timm has no such network, the file holds no vision transformer, or the
+            reading names blocks that it has not.
         MissingError: There is no such file, or timm's weights cannot be had.
         DamageError: The file cannot be read.
     """
     if named.startswith("timm:"):
-        return timm_encoder(named.removeprefix("timm:"))
+        return timm_encoder(named.removeprefix("timm:"), reading=reading or DEFAULT_READING)
     if not Path(named).exists():
         raise MissingError(
             f"no encoder at {named}: expected timm:<name>, a weight file or the folder of a run"
         )
     path = resolve_checkpoint(Path(named))
-    return _encoder_of(load_checkpoint(path), str(path))
+    return _encoder_of(load_checkpoint(path), str(path), reading)
 
 
-def _encoder_of(state: dict[str, Any], name: str) -> FrozenEncoder:
+def _encoder_of(state: dict[str, Any], name: str, reading: Reading | None = None) -> FrozenEncoder:
     if state.get("kind") == "parts":
         raise SettingError(
             f"{name} is a part learner: expected an encoder, such as the run it was learned on"
         )
+    if reading is None:
+        record = _record_in(state.get("reading"), {"blocks", "kind", "pooled"})
+        kept = record and Reading(tuple(record["blocks"]), record["kind"], record["pooled"])
+        reading = kept or DEFAULT_READING
     if isinstance(state.get("architecture"), str):  # the metadata of a safetensors file
-        state = {**state, "architecture": _shape_in(state["architecture"])}
+        shape = _record_in(state["architecture"], {"heads", "image_size"})
+        state = {**state, "architecture": shape}
     if "timm" in state:
-        encoder = timm_encoder(state["timm"], pretrained=False)
+        encoder = timm_encoder(state["timm"], pretrained=False, reading=reading)
         encoder.transformer.load_state_dict(state["model"])
         encoder.name = name
         return encoder
-    return build_encoder(state, name)
+    return build_encoder(state, name, reading=reading)
 
 
-def _shape_in(metadata: str) -> dict[str, Any] | None:
-    """Heads and image size that `save_encoder` wrote; None for what others keep under the name."""
+def _record_in(metadata: object, keys: set[str]) -> dict[str, Any] | None:
+    """What `save_encoder` wrote as metadata; None for what others keep under the same name."""
     with contextlib.suppress(ValueError):
-        record = json.loads(metadata)
-        if isinstance(record, dict) and {"heads", "image_size"} <= record.keys():
+        record = json.loads(metadata) if isinstance(metadata, str) else None
+        if isinstance(record, dict) and keys <= record.keys():
             return record
     return None
 
 
 def save_encoder(encoder: FrozenEncoder, path: Path) -> None:
-    """Write an encoder so that `open_encoder` gives the same one back."""
+    """Write an encoder so that `open_encoder` gives the same one back, read the same way."""
     architecture = {"heads": encoder.heads, "image_size": encoder.native_size}
-    metadata = {"architecture": json.dumps(architecture), "name": encoder.name}
-    if encoder.name.startswith("timm:"):
-        metadata["timm"] = encoder.name.removeprefix("timm:")
+    metadata = {
+        "architecture": json.dumps(architecture),
+        "name": encoder.name,
+        "reading": json.dumps(asdict(encoder.reading)),
+    }
+    # Not the name: an encoder opened from such a file is called by its path, and is timm's still.
+    if encoder.timm_name:
+        metadata["timm"] = encoder.timm_name
     tensors = {name: t.contiguous() for name, t in encoder.transformer.state_dict().items()}
     with atomic_file(path) as partial:
         save_file(tensors, str(partial), metadata)
@@ -160,13 +175,47 @@ def open_autoencoder(run: Path) -> MaskedAutoencoder:
     return model.eval().requires_grad_(False)
 
 
-def image_size_of(option: int, encoder_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """The size images are brought to: the option's square, or the encoder's own size for 0.
+def parse_reading(blocks: str, kind: Facet, pooled: bool) -> Reading:
+    """The reading of ``--blocks``, ``--facet`` and ``--pooled``.
+
+    Args:
+        blocks: Numbers parted by commas, from 1, or from the end: ``"-1"``, ``"-4,-1"``.
+        kind: What to take of each block.
+        pooled: Whether the class token is the mean patch token.
 
     Raises:
-        SettingError: It is no multiple of the patch size.
+        SettingError: The text holds something else, or a block 0.
     """
-    size = (option, option) if option else encoder_size
+    if not re.fullmatch(r"\s*-?[0-9]{1,5}\s*(,\s*-?[0-9]{1,5}\s*)*", blocks):
+        raise SettingError(
+            f"--blocks is {blocks!r}: expected block numbers parted by commas, such as -1 for the "
+            "last or -4,-1"
+        )
+    return Reading(tuple(int(block) for block in blocks.split(",")), kind, pooled)
+
+
+def image_size_of(
+    option: int | str, encoder_size: tuple[int, int], patch_size: int
+) -> tuple[int, int]:
+    """The size (H, W) that images are brought to, pixels.
+
+    Args:
+        option: 0 for the encoder's own size, the side of a square such as 224, or height x width
+            such as ``"224x320"``; numbers may come as text.
+        encoder_size: (H, W) that the encoder's positions were made for.
+        patch_size: Of the encoder.
+
+    Raises:
+        SettingError: The text is none of these, or the size no multiple of the patch size.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,5})(?:\s*x\s*([0-9]{1,5}))?\s*", str(option))
+    height, width = (int(match[1]), int(match[2] or match[1])) if match else (-1, -1)
+    if min(height, width) < (0 if match and match[2] is None else 1):
+        raise SettingError(
+            f"--image-size is {option!r}: expected the pixels of a square such as 224, height x "
+            "width such as 224x320, or 0 for the encoder's own size"
+        )
+    size = (height, width) if height else encoder_size
     if size[0] % patch_size or size[1] % patch_size:
         raise SettingError(
             f"--image-size is {size[0]} x {size[1]}: expected multiples of the encoder's patch "

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from semmae import cli
+from semmae.errors import SettingError
 from semmae.stages.pretrain import PretrainOptions
 from semmae.tests.world import World
 
@@ -163,6 +164,19 @@ def test_settings__flag_over_table_over_shared(semmae: Command, tmp_path: Path) 
     assert "seed = 2" in resolved
     assert "gamma = 3.0" in resolved
     assert "batch_size = 16" in resolved
+
+
+def test_settings__a_number_is_taken_as_text_where_text_is_wanted(
+    semmae: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "semmae.toml").write_text("[stage2.pretrain]\ndata = 224\n")
+    outcome = semmae("stage2", "pretrain", "--output", "run", "--dry-run")
+    assert outcome.code == 0
+    assert "  data = 224" in outcome.err
+    assert cli._typed(str, 224, "here") == "224"
+    for other in (True, 2.5, [224]):
+        with pytest.raises(SettingError, match=r"here is .*: expected str"):
+            cli._typed(str, other, "here")
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,14 @@
 """`semmae eval parts`: measure the parts of a store, beside the baselines that need no learning."""
 
-import re
-import struct
-import zlib
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from sklearn.cluster import KMeans
 
-from ...errors import DamageError, MismatchError, MissingError, SettingError
+from ...errors import MismatchError, MissingError, SettingError
 from ...pipeline.crops import squash
 from ...pipeline.decoding import BadImage, decode_image
 from ...pipeline.options import require, require_finite
@@ -23,6 +18,7 @@ from ...pipeline.sources import ImageReader
 from ...pipeline.stored_images import store_images
 from ...storage.checkpoints import file_hash
 from ...storage.part_store import PartStore
+from ..label_images import true_labels
 from .metrics import (
     ari,
     ari_inside_images,
@@ -32,20 +28,11 @@ from .metrics import (
     fg_nmi,
     fixed_grid,
     information_share,
-    majority_labels,
     nmi,
 )
 from .records import keep_result, pinned
 
 Labels = NDArray[np.uint8]
-
-_PARQUET_ROW = re.compile(r"\.parquet#\d+$", re.IGNORECASE)
-
-_ONE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16B")
-"""Pillow's modes of images whose values can be part ids."""
-
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
-"""What Pillow raises on damaged images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,82 +59,6 @@ class PartsOptions:
                 "are compared with the labels beside the parts"
             )
         require(self.images >= 1, "images", self.images, "at least 1")
-
-
-def label_path(folder: Path, key: str) -> Path:
-    """Where the true parts of an image lie.
-
-    Args:
-        folder: Of all label images.
-        key: Of the image: ``train/cat/x.jpg`` has ``train/cat/x.png``, and ``x.parquet#5`` in
-            Parquet has ``x.parquet#5.png``.
-    """
-    return folder / (f"{key}.png" if _PARQUET_ROW.search(key) else Path(key).with_suffix(".png"))
-
-
-def read_label_map(path: Path, image_size: tuple[int, int] | None = None) -> Labels:
-    """One label image, squashed as the store squashes images, nearest pixel.
-
-    Args:
-        path: A PNG of one channel, whose values are the labels, 0 to 255; or of a palette.
-        image_size: (H, W) of the result; None keeps the size of the label image.
-
-    Returns:
-        uint8 (H, W).
-
-    Raises:
-        MissingError: There is no such file.
-        DamageError: It is no image, damaged, or has colours or values above 255.
-    """
-    if not path.is_file():
-        raise MissingError(f"no label image at {path}: expected one for each image, as PNG")
-    try:
-        with Image.open(BytesIO(path.read_bytes())) as image:
-            mode, values = image.mode, np.asarray(image)
-    except (*_BROKEN, Image.DecompressionBombError) as error:
-        raise DamageError(
-            f"the label image {path} is damaged, or no image: write it anew"
-        ) from error
-    if mode not in _ONE_CHANNEL or int(values.max()) > 255 or int(values.min()) < 0:
-        raise DamageError(
-            f"the label image {path} has mode {mode} and values up to {values.max()}: expected "
-            "one channel, or a palette, whose values are the labels, 0 to 255"
-        )
-    rows, columns = (
-        (2 * np.arange(new) + 1) * old // (2 * new)
-        for new, old in zip(image_size or values.shape, values.shape, strict=True)
-    )
-    return values[np.ix_(rows, columns)].astype(np.uint8)
-
-
-def true_labels(
-    folder: Path,
-    keys: list[str],
-    grid: tuple[int, int],
-    image_size: tuple[int, int] | None = None,
-) -> Labels:
-    """Majority label of each patch.
-
-    Args:
-        folder: Of label images, at `label_path`.
-        keys: Of the images.
-        grid: (h, w), patches.
-        image_size: (H, W) that images were squashed to, a multiple of the grid; None if the label
-            images are multiples as they are.
-
-    Returns:
-        uint8 (N, h, w).
-
-    Raises:
-        MissingError: An image has no label image.
-        DamageError: A label image is none.
-        MismatchError: The grid does not divide the image size.
-    """
-    found = []
-    for key in keys:
-        label_map = read_label_map(label_path(folder, key), image_size)
-        found.append(majority_labels(label_map, grid, int(label_map.max()) + 1))
-    return np.stack(found)
 
 
 def colour_clusters(images: list[NDArray[np.uint8]], parts: int, seed: int) -> Labels:

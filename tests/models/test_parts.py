@@ -9,6 +9,7 @@ from torch import Tensor
 
 from semmae.errors import SettingError
 from semmae.models.encoders import Tokens
+from semmae.models.part_scores import AnchoredTokens, ClassTokens
 from semmae.models.parts import (
     PartArchitecture,
     PartLearner,
@@ -34,6 +35,11 @@ def learner(seed: int = 0, **changes: Any) -> PartLearner:
     made.centres.copy_(torch.randn_like(made.centres))
     made.is_object.copy_((torch.arange(len(made.is_object)) % 2).float())
     return made
+
+
+def part_tokens(made: PartLearner, style: Tensor) -> Tensor:
+    assert isinstance(made.scores, AnchoredTokens | ClassTokens)
+    return made.scores.tokens(style)
 
 
 def tokens(count: int = 2, places: int = GRID[0] * GRID[1], seed: int = 1) -> Tokens:
@@ -78,16 +84,16 @@ def test_maps__sum_to_one_at_every_place(variant: str, background: str, blur: fl
 
 
 @pytest.mark.parametrize(
-    ("background", "channels", "part_tokens"), [("voted", 5, 4), ("token", 5, 5), ("none", 4, 4)]
+    ("background", "channels", "count"), [("voted", 5, 4), ("token", 5, 5), ("none", 4, 4)]
 )
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_architecture__counts_channels_and_tokens(
-    variant: str, background: str, channels: int, part_tokens: int
+    variant: str, background: str, channels: int, count: int
 ) -> None:
     made = learner(variant=variant, background=background)
     shape = made.architecture
-    assert (shape.channels, shape.tokens) == (channels, part_tokens)
-    assert made.scores.tokens(torch.randn(2, WIDTH)).shape == (2, part_tokens, WIDTH)
+    assert (shape.channels, shape.tokens) == (channels, count)
+    assert part_tokens(made, torch.randn(2, WIDTH)).shape == (2, count, WIDTH)
     assert PartArchitecture(**shape.to_record()) == shape
 
 
@@ -112,7 +118,7 @@ def test_maps__are_a_softmax_over_cosines(background: str) -> None:
     made = learner(background=background, blur=0.0)
     known = made.patches(tokens())
     patches = known.features
-    queries, maps = made.scores.tokens(known.style), made.maps(known, GRID).flatten(2)
+    queries, maps = part_tokens(made, known.style), made.maps(known, GRID).flatten(2)
     for image in range(2):
         for place in range(patches.shape[1]):
             cosines = [
@@ -181,7 +187,7 @@ def test_maps__take_the_meaning_of_parts_from_anchors_only_when_anchored() -> No
     style = learner().patches(tokens()).style
     for variant, same in (("anchored", True), ("paper", False)):
         made = learner(variant=variant, background="none", class_share=0.0)
-        first, second = made.scores.tokens(style)
+        first, second = part_tokens(made, style)
         assert torch.equal(first, second) is same
 
 

@@ -3,7 +3,6 @@ import math
 import shutil
 import sys
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 
 from semmae import cli
-from semmae.errors import DamageError, MismatchError, MissingError, SettingError
+from semmae.errors import MismatchError, MissingError, SettingError
 from semmae.pipeline.sources import list_images
 from semmae.stages.evals.features import LabelledFeatures, accuracies
 from semmae.stages.evals.history import newest_results, rerun, results_tables
@@ -21,11 +20,8 @@ from semmae.stages.evals.linear import LinearOptions, linear
 from semmae.stages.evals.parts import (
     PartsOptions,
     evaluate_parts,
-    label_path,
     measure_parts,
-    read_label_map,
     store_hash,
-    true_labels,
 )
 from semmae.stages.evals.records import keep_result, pinned, record_of
 from semmae.storage.results import read_results, write_result
@@ -234,67 +230,6 @@ def test_evaluate_parts__images_gone_bad_are_left_out_of_the_colours(
     assert spoilt["bad_images"] == 1
     assert spoilt["nmi"] == whole["nmi"]
     assert spoilt["colour.nmi"] != whole["colour.nmi"]
-
-
-def nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Each pixel of the result takes the one that its centre falls on."""
-    (h, w), (height, width) = size, values.shape
-    rows = [int((i + Fraction(1, 2)) * height / h) for i in range(h)]
-    columns = [int((j + Fraction(1, 2)) * width / w) for j in range(w)]
-    return np.array([[values[i, j] for j in columns] for i in rows])
-
-
-@pytest.mark.parametrize("shape", [(32, 32), (37, 50), (9, 13), (64, 33)])
-def test_read_label_map__is_squashed_by_nearest_pixel(
-    tmp_path: Path, shape: tuple[int, int]
-) -> None:
-    values = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    Image.fromarray(values).save(tmp_path / "x.png")
-    found = read_label_map(tmp_path / "x.png", (32, 24))
-    np.testing.assert_array_equal(found, nearest(values, (32, 24)))
-
-
-def test_read_label_map__takes_the_indices_of_a_palette(tmp_path: Path) -> None:
-    image = Image.fromarray(np.array([[0, 3], [5, 1]], dtype=np.uint8))
-    image.putpalette(list(range(255, -1, -1)) * 3)
-    image.save(tmp_path / "x.png")
-    with Image.open(tmp_path / "x.png") as written:
-        assert written.mode == "P"
-    assert read_label_map(tmp_path / "x.png", (2, 2)).tolist() == [[0, 3], [5, 1]]
-
-
-def test_read_label_map__what_is_no_label_image_is_named(tmp_path: Path) -> None:
-    place = tmp_path / "x.png"
-    for spoil in (b"", b"no image", None):
-        if spoil is None:
-            Image.effect_noise((64, 64), 50).save(place)
-            spoil = place.read_bytes()[:1000]
-        place.write_bytes(spoil)
-        with pytest.raises(DamageError, match=r"x\.png is damaged, or no image"):
-            read_label_map(place, (8, 8))
-    Image.new("RGB", (8, 8)).save(place)
-    with pytest.raises(DamageError, match=r"x\.png has mode RGB .* one channel"):
-        read_label_map(place, (8, 8))
-    Image.fromarray(np.full((8, 8), 256, dtype=np.uint16)).save(place)
-    with pytest.raises(DamageError, match="up to 256"):
-        read_label_map(place, (8, 8))
-
-
-def test_true_labels__of_photographs_that_are_no_multiples(tmp_path: Path) -> None:
-    values = np.zeros((50, 75), dtype=np.uint8)
-    values[:25, 40:] = 7
-    Image.fromarray(values).save(tmp_path / "x.png")
-    found = true_labels(tmp_path, ["x.jpg"], (2, 2), (32, 32))
-    assert found.tolist() == [[[0, 7], [0, 0]]]
-    with pytest.raises(MismatchError, match="equal patches"):
-        true_labels(tmp_path, ["x.jpg"], (2, 2))
-
-
-def test_label_path__of_files_and_of_parquet_rows() -> None:
-    folder = Path("labels")
-    assert label_path(folder, "train/cat/x.y.jpg") == Path("labels/train/cat/x.y.png")
-    assert label_path(folder, "a#5.jpg") == Path("labels/a#5.png")
-    assert label_path(folder, "data/x.parquet#5") == Path("labels/data/x.parquet#5.png")
 
 
 def test_records__name_the_file_measured_and_hold_from_any_folder(

@@ -1,0 +1,170 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from semmae.errors import SettingError
+from semmae.models.encoders import FrozenEncoder, timm_encoder
+from semmae.models.readings import DEFAULT_READING, Facet, Reading
+from semmae.stages.networks import (
+    ENCODER_FILE,
+    image_size_of,
+    open_encoder,
+    open_learner,
+    parse_reading,
+    save_encoder,
+)
+from semmae.tests.world import World
+
+READING = Reading((1, -1), "keys", pooled=True)
+
+
+def tiny(reading: Reading = DEFAULT_READING) -> FrozenEncoder:
+    """Two blocks, with the 64 channels a head by which files of others are read."""
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1, num_classes=0
+    )
+    return FrozenEncoder(model, reading=reading)
+
+
+def random_images(side: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(0, 256, (2, side, side, 3), generator=generator, dtype=torch.uint8)
+
+
+def assert_same_tokens(one: FrozenEncoder, other: FrozenEncoder, side: int = 32) -> None:
+    first, second = one(random_images(side)), other(random_images(side))
+    for name in ("class_token", "patches", "attention"):
+        torch.testing.assert_close(
+            getattr(first, name), getattr(second, name), rtol=0, atol=1e-5, msg=name
+        )
+
+
+def saved(encoder: FrozenEncoder, folder: Path) -> str:
+    path = folder / ENCODER_FILE
+    save_encoder(encoder, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("reading", [DEFAULT_READING, READING], ids=str)
+def test_save_encoder__keeps_the_reading(tmp_path: Path, reading: Reading) -> None:
+    encoder = tiny(reading)
+    again = open_encoder(saved(encoder, tmp_path))
+    assert again.reading == reading
+    assert_same_tokens(encoder, again)
+
+
+def test_save_encoder__an_encoder_of_timm_stays_timms_through_several_files(
+    tmp_path: Path,
+) -> None:
+    encoder = timm_encoder("test_vit", pretrained=False, reading=Reading((-2,), "values"))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    once = open_encoder(saved(encoder, tmp_path / "one"))
+    twice = open_encoder(saved(once, tmp_path / "two"))
+    assert twice.timm_name == "test_vit"
+    assert torch.equal(twice.mean, encoder.mean)
+    assert not torch.equal(twice.mean, tiny().mean)  # which files of others are given
+    assert twice.reading == encoder.reading
+    assert_same_tokens(encoder, twice, 160)
+
+
+def test_open_encoder__a_stage_may_choose_another_reading(tmp_path: Path) -> None:
+    path = saved(tiny(READING), tmp_path)
+    assert open_encoder(path, Reading((2,))).reading == Reading((2,))
+    assert open_encoder(path, DEFAULT_READING).reading == DEFAULT_READING
+    with pytest.raises(SettingError, match="the encoder has 2 blocks"):
+        open_encoder(path, Reading((-3,)))
+
+
+def test_open_encoder__other_files_are_read_by_the_last_block(world: World, tmp_path: Path) -> None:
+    assert open_encoder(str(world.encoder)).reading == DEFAULT_READING
+    assert open_encoder(str(world.encoder), READING).reading == READING
+    foreign = tmp_path / "foreign.safetensors"
+    weights = tiny().transformer.state_dict()
+    for note in ("of a book", '{"blocks": 1}', "[1]", "null"):
+        save_file(weights, str(foreign), {"reading": note})
+        assert open_encoder(str(foreign)).reading == DEFAULT_READING
+
+
+def test_open_learner__its_encoder_reads_as_it_was_saved(world: World, tmp_path: Path) -> None:
+    for path in world.learner.rglob("*"):
+        if path.is_file():
+            copy = tmp_path / path.relative_to(world.learner)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    pooled = open_encoder(str(world.encoder), Reading(pooled=True))
+    before = open_learner(tmp_path).hash
+    save_encoder(pooled, tmp_path / ENCODER_FILE)
+    trained = open_learner(tmp_path)
+    assert trained.encoder.reading == Reading(pooled=True)
+    assert trained.hash != before
+
+
+@pytest.mark.parametrize(
+    ("blocks", "numbers"),
+    [("-1", (-1,)), ("-4,-1", (-4, -1)), (" 12 , 6 ", (12, 6)), ("03", (3,))],
+)
+def test_parse_reading__takes_numbers_in_their_order(blocks: str, numbers: tuple[int, ...]) -> None:
+    assert parse_reading(blocks, "tokens", False) == Reading(numbers)
+    assert parse_reading(blocks, "keys", True) == Reading(numbers, "keys", pooled=True)
+
+
+@pytest.mark.parametrize("blocks", ["", "last", "-1,", "1-3", "--1", "1.5", "0", "1,0", "9" * 6])
+def test_parse_reading__other_text_is_one_sentence(blocks: str) -> None:
+    with pytest.raises(SettingError, match=r"--blocks is .*: expected .*block") as caught:
+        parse_reading(blocks, "tokens", False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["token", "", "heads"])
+def test_parse_reading__an_unknown_facet_is_refused(kind: Facet) -> None:
+    with pytest.raises(SettingError, match="--facet"):
+        parse_reading("-1", kind, False)
+
+
+@pytest.mark.parametrize(
+    ("option", "size"),
+    [
+        *((0, (96, 64)), ("0", (96, 64))),
+        *((224, (224, 224)), ("224", (224, 224)), ("448", (448, 448))),
+        *(("224x320", (224, 320)), (" 224 x 320 ", (224, 320)), ("320x224", (320, 224))),
+    ],
+)
+def test_image_size_of__is_height_then_width(option: int | str, size: tuple[int, int]) -> None:
+    assert image_size_of(option, (96, 64), 16) == size
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["", "big", "224x", "x224", "224x320x3", "0x224", "224x0", "0x0", "-224", -1, "22.4", "9" * 6],
+)
+def test_image_size_of__other_text_is_one_sentence(option: int | str) -> None:
+    with pytest.raises(SettingError) as caught:
+        image_size_of(option, (96, 64), 16)
+    message = str(caught.value)
+    assert message.startswith(f"--image-size is {option!r}: expected")
+    assert "224x320" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("option", "told"), [(225, "225 x 225"), ("224x330", "224 x 330"), (0, "96 x 70")]
+)
+def test_image_size_of__sizes_that_cut_patches_are_refused(option: int | str, told: str) -> None:
+    with pytest.raises(SettingError, match=f"--image-size is {told}: expected multiples .* 16"):
+        image_size_of(option, (96, 70), 16)
+
+
+@pytest.mark.parametrize(
+    ("option", "grid"), [("224", (14, 14)), ("448", (28, 28)), ("224x320", (14, 20))]
+)
+def test_image_size_of__gives_the_grid_of_a_patch_16_encoder(
+    option: str, grid: tuple[int, int]
+) -> None:
+    height, width = image_size_of(option, (224, 224), 16)
+    assert (height // 16, width // 16) == grid
