@@ -407,7 +407,7 @@ def _linear(options: "LinearOptions") -> None:
 
 @command("eval parts", "evals.parts:PartsOptions")
 def _parts(options: "PartsOptions") -> None:
-    """Measure the parts of a store, against true labels where there are any."""
+    """Measure the parts of a learner or a store, baselines beside, against true labels if given."""
     from .stages.evals.parts import evaluate_parts
 
     _print_metrics(evaluate_parts(options))

@@ -1,104 +1,197 @@
-"""Variants of the part learner against true part labels, on tokens that are read once.
+"""Variants of the part learner and its baselines against true part labels, over seeds.
 
-Run: ``python -m semmae.benchmarks.part_learner ENCODER IMAGES LABELS``, for instance
-``stages/creature_encoder.safetensors work/creatures/images work/creatures/labels`` after
-``semmae data make-creatures --output work/creatures``.  Percent; the learner trains on the very
-images that it is measured on, without their labels, as it does on a user's.
+Run: ``python -m semmae.benchmarks.part_learner ENCODER DATA LABELS [--seeds 4] [--variants A,B]``,
+for instance ``stages/creature_encoder.safetensors work/creatures/images work/creatures/labels``
+after ``semmae data make-creatures --output work/creatures``.
+
+Parts are learned on the train split without labels and measured on the val split by the functions
+of ``semmae eval parts``; tokens are read once for all.  A line is a mean over seeds and, below it,
+the sample standard deviation; percent, but ``dead`` counts parts.
 """
 
-import sys
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.nn import functional as F
 
-from semmae.models.encoders import Tokens
-from semmae.models.parts import diversity, part_labels, rebuilt_features
+from semmae.models.encoders import FrozenEncoder
+from semmae.models.parts import LEARNED, PartLearner
 from semmae.pipeline.image_source import ImageSource
-from semmae.pipeline.sources import list_images
-from semmae.stages.evals.metrics import (
-    ari,
-    ari_inside_images,
-    coherence,
-    fg_ari,
-    fg_nmi,
-    fixed_grid,
-    information_share,
-    nmi,
-)
-from semmae.stages.evals.parts import true_labels
+from semmae.pipeline.loaders import SquashedData
+from semmae.pipeline.schedule import Draw
+from semmae.pipeline.sources import Split, list_images
+from semmae.stages.evals.part_baselines import BASELINES, Baseline, beside
+from semmae.stages.evals.part_learners import drawn, evidence_of, parts_of
+from semmae.stages.evals.part_measures import Evidence, measured
+from semmae.stages.evals.part_probe import probe_parts
+from semmae.stages.evals.part_views import EncodedViews, View, encoded_views, joined
 from semmae.stages.learn_parts import LearnPartsOptions
 from semmae.stages.networks import open_encoder
-from semmae.stages.part_start import position_share, sample_tokens, started_learner
+from semmae.stages.part_start import position_share, started_learner
+from semmae.stages.part_training import CachedTokens, PartLearning
 
-IMAGES, STEPS, BATCH = 1500, 300, 48
+STEPS, BATCH, LEARNING_RATE, AT_ONCE = 400, 48, 1e-3, 64
 
 VARIANTS: dict[str, dict[str, object]] = {
+    "anchored": {},
+    "no background": {"background": "none"},
+    "class share 0": {"class_share": 0.0},
+    "class share 0.5": {"class_share": 0.5},
+    "diversity 0": {"diversity_weight": 0.0},
+    "blur 0": {"blur": 0.0},
+    "blur 1.2": {"blur": 1.2},
+    "temperature 0.05": {"temperature": 0.05},
+    "temperature 0.2": {"temperature": 0.2},
     "positions kept": {"positions": "keep"},
     "positions removed": {"positions": "remove"},
-    "positions removed, no background": {"positions": "remove", "background": "none"},
-    "positions removed, blur 1.2": {"positions": "remove", "blur": 1.2},
+}
+"""Changes of `LearnPartsOptions` by name; only what can be learned from tokens alone."""
+
+COLUMNS = {
+    "FG-NMI": "fg_nmi",
+    "FG-ARI": "fg_ari",
+    "NMI": "nmi",
+    "ARI": "ari",
+    "in-ARI": "in_image_ari",
+    "in-FG": "in_image_fg_ari",
+    "coher.": "coherence",
+    "place": "position_share",
+    "class": "class_share",
+    "flip": "flip_agreement",
+    "flip FG": "flip_agreement_fg",
+    "crop": "crop_agreement",
+    "crop FG": "crop_agreement_fg",
+    "dead": "dead_parts",
 }
 
 
-def learned(
-    tokens: Tokens, grid: tuple[int, int], settings: dict[str, object]
-) -> NDArray[np.uint8]:
-    """Part labels (N, L) of a learner trained on the tokens."""
-    options = LearnPartsOptions(data="", encoder="", output=Path(), **settings)  # type: ignore[arg-type]
-    learner = started_learner(tokens, grid, options)
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-3, weight_decay=0.0)
-    patches, style = learner.standardise(tokens)
-    for _ in range(STEPS):
-        chosen = torch.randint(0, len(patches), (BATCH,))
-        maps = learner.maps(patches[chosen], style[chosen], grid).flatten(2)
-        loss = F.mse_loss(rebuilt_features(maps, patches[chosen]), patches[chosen])
-        loss = loss + 0.1 * diversity(maps).mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    with torch.no_grad():
-        labels = part_labels(learner.maps(patches, style, grid))[0]
-    return np.asarray(labels.flatten(1).numpy())
+@dataclass(frozen=True)
+class Bench:
+    """Tokens and truth that all variants share."""
+
+    encoder: FrozenEncoder
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    train_images: ImageSource
+    train: EncodedViews
+    train_truth: Evidence
+    val: EncodedViews
+    moved: EncodedViews
+    truth: Evidence
+
+    def learned(self, changes: dict[str, object], seed: int) -> PartLearner:
+        """A learner after `STEPS` steps on the train tokens, or at once if nothing is learned."""
+        options = LearnPartsOptions(data="", encoder="", output=Path(), seed=seed, **changes)  # type: ignore[arg-type]
+        tokens = self.train.tokens["whole"]
+        learner = started_learner(tokens, self.grid, options)
+        if options.variant not in LEARNED:
+            return learner.eval()
+        cached = CachedTokens(tokens, "")
+        whole = SquashedData(self.train_images, self.size)
+        task = PartLearning(self.encoder, learner, cached, whole, options, self.size)
+        optimizer = torch.optim.AdamW(learner.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(STEPS):
+            chosen = torch.randint(0, len(cached), (BATCH,), generator=generator).tolist()
+            loss, _terms = task.loss(cached.__getitems__([Draw(i, 0, 0.0) for i in chosen]))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        return learner.eval()
+
+    def judged(self, learner: PartLearner) -> dict[str, float]:
+        """The figures of a learner on the val images."""
+        found = parts_of({"": learner}, self.val, [self.moved], self.grid, AT_ONCE)
+        return measured(found[""], self.truth)
+
+    def probed(self, seed: int) -> dict[str, float]:
+        """The figures of a linear probe with labels."""
+        train, held = self.train.tokens["whole"].patches, self.val.tokens["whole"].patches
+        assert self.train_truth.true is not None
+        assert self.truth.true is not None
+        return probe_parts(train, self.train_truth.true, held, self.truth.true, seed)
 
 
-def line(
-    name: str, found: NDArray[np.uint8], true: NDArray[np.uint8], grid: tuple[int, int]
-) -> str:
-    places = np.broadcast_to(np.arange(found.shape[1]), found.shape)
-    figures = (
-        fg_nmi(found, true),
-        fg_ari(found, true),
-        nmi(found, true),
-        ari(found, true),
-        ari_inside_images(found, true),
-        ari_inside_images(found, true, foreground=True),
-        coherence(found.reshape(-1, *grid)),
-        information_share(found, places),
+def bench(encoder: FrozenEncoder, data: str, labels: Path, train: int, val: int) -> Bench:
+    """Read all tokens and labels."""
+    size, patch = encoder.native_size, encoder.patch_size
+    grid = (size[0] // patch, size[1] // patch)
+
+    def read(split: Split, count: int, *views: View) -> tuple[ImageSource, EncodedViews, Evidence]:
+        images = ImageSource(list_images(data, split))
+        chosen = drawn(len(images), count, seed=0)
+        encoded = joined(encoded_views(encoder, images, size, chosen, views, AT_ONCE))
+        return images, encoded, evidence_of(images, encoded, labels, grid, size, seed=0)
+
+    train_images, known, train_truth = read("train", train, "whole")
+    _, views, truth = read("val", val, "whole", "flip", "crop")
+    moved: tuple[View, ...] = ("flip", "crop")
+    return Bench(
+        encoder,
+        size,
+        grid,
+        train_images,
+        known,
+        train_truth,
+        views,
+        replace(views, tokens={view: views.tokens[view] for view in moved}),
+        truth,
     )
-    return f"{name:34}" + "".join(f"{figure:8.1f}" for figure in figures)
+
+
+def line(name: str, run: Callable[[int], dict[str, float]], seeds: int) -> None:
+    """Print mean and sample standard deviation of each figure over seeds."""
+    runs = [run(seed) for seed in range(seeds)]
+    means, spreads = "", ""
+    for head, key in COLUMNS.items():
+        values = [figures[key] for figures in runs if key in figures]
+        width = max(len(head) + 1, 8)
+        means += f"{np.mean(values):{width}.1f}" if values else " " * (width - 1) + "-"
+        spreads += f"{np.std(values, ddof=1):{width}.1f}" if len(values) > 1 else " " * width
+    print(f"{name:22}{means}\n{'':22}{spreads}", flush=True)
+
+
+def _variant(made: Bench, name: str, seed: int) -> dict[str, float]:
+    return made.judged(made.learned(VARIANTS[name], seed))
+
+
+def _baseline(
+    made: Bench, starts: list[PartLearner], baseline: Baseline, seed: int
+) -> dict[str, float]:
+    tokens = made.train.tokens["whole"]
+    return made.judged(beside(starts[seed], tokens, made.grid, baseline, seed))
 
 
 def main() -> None:
-    named, data, labels = sys.argv[1:4]
-    encoder = open_encoder(named)
-    images = ImageSource(list_images(data, "train"))
-    size, patch = encoder.native_size, encoder.patch_size
-    grid = (size[0] // patch, size[1] // patch)
-    tokens = sample_tokens(encoder, images, size, IMAGES, seed=0)
-    chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:IMAGES])
-    true = true_labels(Path(labels), [str(images.plan.keys[i]) for i in chosen], grid)
-    true = true.reshape(len(true), -1)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("encoder")
+    parser.add_argument("data")
+    parser.add_argument("labels", type=Path)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="names, parted by commas")
+    parser.add_argument("--train-images", type=int, default=2000)
+    parser.add_argument("--val-images", type=int, default=1000)
+    given = parser.parse_args()
+    names = given.variants.split(",")
+    if unknown := sorted(set(names) - VARIANTS.keys()):
+        parser.error(f"no variant {', '.join(unknown)}: there are {', '.join(VARIANTS)}")
+    encoder = open_encoder(given.encoder)
+    made = bench(encoder, given.data, given.labels, given.train_images, given.val_images)
+    tokens = made.train.tokens["whole"]
     print(f"place explains {position_share(tokens.patches):.0%} of the tokens' variance")
-    heads = ("FG-NMI", "FG-ARI", "NMI", "ARI", "in-ARI", "in FG", "coher.", "place")
-    print(" " * 34 + "".join(f"{head:>8}" for head in heads))
-    cells = np.broadcast_to(fixed_grid(*grid, 7).astype(np.uint8), true.shape)
-    print(line("fixed grid of 7", cells, true, grid))
-    for name, settings in VARIANTS.items():
-        torch.manual_seed(0)
-        print(line(name, learned(tokens, grid, settings), true, grid), flush=True)
+    print(" " * 22 + "".join(f"{head:>{max(len(head) + 1, 8)}}" for head in COLUMNS))
+    for name in names:
+        line(name, partial(_variant, made, name), given.seeds)
+    # Untrained, they have token statistics and background vote of the learner's start.
+    untrained: dict[str, object] = {"variant": "grid", "background": "voted"}
+    starts = [made.learned(untrained, seed) for seed in range(given.seeds)]
+    for baseline in BASELINES:
+        line(baseline, partial(_baseline, made, starts, baseline), given.seeds)
+    line("probe with labels", made.probed, given.seeds)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def started_learner(
         learner.centres.copy_(torch.from_numpy(vote.centres))
         learner.is_object.copy_(torch.from_numpy(vote.objects.astype(np.float32)))
         of_parts = standard[vote.objects[vote.assigned]]
-    _start_scores(learner, of_parts, grid, options)
+    start_scores(learner, of_parts, grid, options.seed, options.part_order)
     return learner
 
 
@@ -193,26 +193,42 @@ def _shaped(
     )
 
 
-def _start_scores(
+PartOrder = Literal["area", "direction"]
+
+
+def start_scores(
     learner: PartLearner,
     of_parts: NDArray[np.float32],
     grid: tuple[int, int],
-    options: "LearnPartsOptions",
+    seed: int,
+    order: PartOrder = "area",
 ) -> None:
-    """What a variant begins with: anchors or centres from k-means, cells of the grid."""
+    """Set what a variant begins with: anchors or centres from k-means, cells of the grid.
+
+    Args:
+        learner: Changed in place; variants without such a start are left as they are.
+        of_parts: Standardised patch tokens to cluster, (M, D), those of objects alone where there
+            is a voted background.
+        grid: (h, w).
+        seed: Of k-means.
+        order: As in `part_order`.
+
+    Raises:
+        SettingError: There are fewer patches than parts, or the grid has too few places.
+    """
     scores, parts = learner.scores, learner.architecture.tokens
     if isinstance(scores, GridCells):
         scores.cells.copy_(torch.from_numpy(fixed_grid(*grid, parts)))
     elif isinstance(scores, (AnchoredTokens, SetCentres)):
-        kmeans = _cluster(of_parts, parts, options.seed)
-        order = part_order(kmeans.cluster_centers_, kmeans.labels_, options.part_order)
-        centres = torch.from_numpy(kmeans.cluster_centers_[order])
+        kmeans = _cluster(of_parts, parts, seed)
+        ranked = part_order(kmeans.cluster_centers_, kmeans.labels_, order)
+        centres = torch.from_numpy(kmeans.cluster_centers_[ranked])
         own = scores.anchors.data if isinstance(scores, AnchoredTokens) else scores.centres
         own.copy_(centres)
 
 
 def part_order(
-    centres: NDArray[np.float32], assigned: NDArray[np.integer], by: Literal["area", "direction"]
+    centres: NDArray[np.float32], assigned: NDArray[np.integer], by: PartOrder
 ) -> NDArray[np.int64]:
     """An order of clusters that does not hang on how k-means happened to number them.
 

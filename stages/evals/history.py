@@ -13,7 +13,7 @@ from ...storage.results import read_results
 from ..networks import checkpoint_hash
 from .knn import KnnOptions, measure_knn
 from .linear import LinearOptions, measure_linear
-from .parts import PartsOptions, measure_parts, store_hash
+from .parts import PartsOptions, measure_parts, parts_hash
 
 
 class Evaluation(NamedTuple):
@@ -40,18 +40,19 @@ def _linear(configuration: dict[str, Any], fingerprint: str) -> dict[str, float]
 
 
 def _parts(configuration: dict[str, Any], _: str) -> dict[str, float]:
-    return measure_parts(PartsOptions(**_with_paths(configuration, "parts", "labels", "output")))
+    paths = _with_paths(configuration, "learner", "parts", "labels", "output")
+    return measure_parts(PartsOptions(**paths))
 
 
 def _with_paths(configuration: dict[str, Any], *names: str) -> dict[str, Any]:
-    paths = {name: Path(configuration[name]) for name in names if configuration[name]}
+    paths = {name: Path(configuration[name]) for name in names if configuration.get(name)}
     return {**configuration, **paths}
 
 
 EVALUATIONS: dict[str, Evaluation] = {
     "knn": Evaluation(_knn, checkpoint_hash),
     "linear": Evaluation(_linear, checkpoint_hash),
-    "parts": Evaluation(_parts, store_hash),
+    "parts": Evaluation(_parts, parts_hash),
 }
 """Every kind of evaluation that is kept."""
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from ...errors import MismatchError, SettingError
+from .rand_index import rand_indices
 
 Ids = NDArray[np.integer]
 BACKGROUND = 0
@@ -100,11 +101,36 @@ def ari_inside_images(predicted: Ids, true: Ids, *, foreground: bool = False) ->
         MismatchError: Shapes differ, there are no patches, or none is foreground.
     """
     predicted, true = _pair(predicted, true)
-    if not foreground:
-        return float(np.mean([ari(p, t) for p, t in zip(predicted, true, strict=True)]))
-    _foreground(predicted, true)
-    shown = [i for i in range(len(true)) if (true[i] != BACKGROUND).any()]
-    return float(np.mean([fg_ari(predicted[i], true[i]) for i in shown]))
+    inside = np.ones(true.shape, dtype=np.bool_)
+    if foreground:
+        _foreground(predicted, true)
+        inside = true != BACKGROUND
+    return 100.0 * float(rand_indices(predicted, true, inside).mean())
+
+
+def agreement(first: Ids, second: Ids, where: NDArray[np.bool_] | None = None) -> float:
+    """Share of patches that have the same id in two maps of the same places.
+
+    Args:
+        first: Part ids, integers of any shape.
+        second: Part ids of the same shape.
+        where: bool of that shape, patches that count; all by default.
+
+    Returns:
+        Percent in [0, 100].
+
+    Raises:
+        MismatchError: Shapes differ, or no patch counts.
+    """
+    first, second = _pair(first, second)
+    if where is not None:
+        if where.shape != first.shape:
+            raise MismatchError(
+                f"metrics: a choice of patches of shape {where.shape} does not fit part ids of "
+                f"shape {first.shape}; give one value a patch."
+            )
+        first, second = _pair(first[where], second[where])
+    return 100.0 * float((first == second).mean())
 
 
 def coherence(labels: Ids) -> float:

@@ -1,117 +1,171 @@
-"""`semmae eval parts`: measure the parts of a store, beside the baselines that need no learning."""
+"""`semmae eval parts`: measure the parts of a learner or a store, baselines beside."""
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
 
 from ...errors import MismatchError, MissingError, SettingError
+from ...models.part_scores import kmeans_inside_images
 from ...pipeline.crops import squash
 from ...pipeline.decoding import BadImage, decode_image
 from ...pipeline.options import require, require_finite
 from ...pipeline.plan import Plan
 from ...pipeline.progress import Progress
-from ...pipeline.sources import ImageReader
+from ...pipeline.sources import ImageReader, Split
 from ...pipeline.stored_images import store_images
-from ...storage.checkpoints import file_hash
+from ...storage.checkpoints import file_hash, resolve_checkpoint
 from ...storage.part_store import PartStore
-from ..label_images import true_labels
-from .metrics import (
-    ari,
-    ari_inside_images,
-    coherence,
-    dead_parts,
-    fg_ari,
-    fg_nmi,
-    fixed_grid,
-    information_share,
-    nmi,
-)
+from ..label_images import Labels, true_labels
+from ..networks import open_learner
+from .metrics import coherence, fixed_grid
+from .part_learners import drawn, measure_learner
+from .part_measures import Evidence, FoundParts, against, measured, prefixed
 from .records import keep_result, pinned
-
-Labels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartsOptions:
     """Settings of `evaluate_parts`."""
 
-    parts: Annotated[Path, "Part store to measure."]
     output: Annotated[Path, "Results folder; each evaluation adds a record."]
-    data: Annotated[str | None, "The images it was made from; needed with labels alone."] = None
+    learner: Annotated[Path | None, "Part learner to measure: the folder of its run."] = None
+    parts: Annotated[Path | None, "Part store to measure, if there is no --learner."] = None
+    data: Annotated[
+        str | None, "Images: for a learner, or those that a store was made from if --labels is set."
+    ] = None
     labels: Annotated[
         Path | None,
         "Folder of true part labels: PNGs named as the images (x.parquet#5.png in Parquet).",
     ] = None
-    images: Annotated[int, "Images measured, the first good ones."] = 2000
-    seed: Annotated[int, "Of the colour clusters."] = 0
+    split: Annotated[
+        Split, "Which images a learner is measured on; all where there is no val split."
+    ] = "val"
+    images: Annotated[int, "Images measured, drawn by the seed."] = 1000
+    baselines: Annotated[
+        bool, "Measure beside: k-means, colour, attention and a grid; for stores colour and grid."
+    ] = True
+    probe_images: Annotated[
+        int,
+        "Labelled train images that a linear probe of a learner's encoder is fitted to; 0: none.",
+    ] = 1500
+    feature_batch: Annotated[int, "Images that a learner's encoder sees at once."] = 64
+    device: Annotated[str, "cuda, cpu; auto takes a GPU where there is one."] = "auto"
+    seed: Annotated[int, "Of the images drawn, of crops and of k-means."] = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
         require_finite(self)
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
+        require(self.images >= 1, "images", self.images, "at least 1")
+        require(self.feature_batch >= 1, "feature_batch", self.feature_batch, "at least 1")
+        require(self.probe_images >= 0, "probe_images", self.probe_images, "0 or more")
+        if self.learner is None and self.parts is None:
+            raise SettingError(
+                "there is nothing to measure: expected --learner, the folder of a learn-parts run, "
+                "or --parts, a part store"
+            )
+        if self.learner is not None and self.data is None:
+            raise SettingError("--learner needs --data, the images that its parts are measured on")
         if self.labels is not None and self.data is None:
             raise SettingError(
                 "--labels needs --data, the images that the store was made from: colour regions "
                 "are compared with the labels beside the parts"
             )
-        require(self.images >= 1, "images", self.images, "at least 1")
 
 
-def colour_clusters(images: list[NDArray[np.uint8]], parts: int, seed: int) -> Labels:
-    """k-means of patch colours inside each image, uint8 (N, L); a baseline of regions."""
-    made = [
-        KMeans(parts, n_init=1, random_state=seed).fit_predict(image.reshape(-1, 3).astype(float))
-        for image in images
-    ]
-    return np.stack(made).astype(np.uint8)
+def measure_parts(options: PartsOptions) -> dict[str, float]:
+    """Measure the parts of a learner, or else of a store; no record is written.
+
+    Args:
+        options: The settings.
+
+    Returns:
+        Percent, but counts where it says so.
+
+        - Always ``coherence``, ``position_share``, ``area_entropy`` and ``dead_parts`` (a count);
+          with true labels ``fg_nmi``, ``fg_ari``, ``nmi``, ``ari``, ``in_image_ari``,
+          ``in_image_fg_ari``, and ``true.coherence`` of the labels.
+        - For a learner also ``confidence`` (mean margin), ``class_share`` where images have
+          classes, ``cluster_share`` (clusters of class tokens), both on object patches, and
+          ``flip_agreement``, ``shift_agreement``, ``crop_agreement``, each also ``_fg`` on object
+          patches: those not background, by the true labels or else by the learner.
+        - Of baselines the same under ``kmeans.``, ``bare_kmeans.``, ``image_kmeans.``, ``colour.``,
+          ``attention.`` and ``grid.``; for a store the agreement with true labels of ``colour.``
+          (no background set apart) and ``grid.`` alone.
+        - ``probe.fg_nmi``, ``probe.fg_ari``, ``probe.accuracy``: see `part_probe`.
+        - ``bad_images``, a count: images that cannot be read and are left out, if there are any.
+
+    Raises:
+        MissingError: Learner, store, data or labels are not there.
+        MismatchError: A store holds no good image, or was made from other images; or no true label
+            is foreground.
+        SettingError: The learner is none, or there are too few patches for a baseline.
+        DamageError: A label image is none.
+    """
+    return _measure_store(options) if options.learner is None else measure_learner(options)
+
+
+def _measure_store(options: PartsOptions) -> dict[str, float]:
+    assert options.parts is not None
+    store = PartStore.open(options.parts)
+    plan = None
+    if options.labels is not None and options.data is not None:
+        plan = store_images(store, options.data)
+    good = np.flatnonzero(store.ok())
+    if not len(good):
+        raise MismatchError(f"{options.parts} holds not one good image to measure")
+    chosen = good[drawn(len(good), options.images, options.seed)]
+    labels = np.asarray(store.labels()[chosen])
+    identity = store.identity
+    if plan is None or options.labels is None:
+        return measured(FoundParts(labels, identity.parts), Evidence())
+    keys = plan.keys[chosen].tolist()
+    true = true_labels(options.labels, keys, identity.grid, identity.image_size)
+    metrics = measured(FoundParts(labels, identity.parts), Evidence(true))
+    metrics["true.coherence"] = coherence(true)
+    if options.baselines:
+        metrics.update(_beside_store(plan, chosen, true, identity.parts))
+    return metrics
+
+
+def _beside_store(
+    plan: Plan, chosen: NDArray[np.int64], true: Labels, parts: int
+) -> dict[str, float]:
+    """Agreement of a fixed grid and of colour regions with the true parts."""
+    grid = (true.shape[1], true.shape[2])
+    cells = np.broadcast_to(fixed_grid(*grid, parts), (len(true), grid[0] * grid[1]))
+    good, colours = _patch_colours(plan, chosen, grid)
+    everywhere = torch.ones(colours.shape[:2])
+    regions = kmeans_inside_images(colours, everywhere, parts).numpy()
+    bad = {} if good.all() else {"bad_images": float((~good).sum())}
+    return {
+        **prefixed("grid", against(cells, true)),
+        **prefixed("colour", against(regions, true[good])),
+        **bad,
+    }
 
 
 def _patch_colours(
     plan: Plan, chosen: NDArray[np.int64], grid: tuple[int, int]
-) -> tuple[NDArray[np.bool_], list[NDArray[np.uint8]]]:
-    """Which of the chosen images can be read, (N,), and the colours of their patches."""
+) -> tuple[NDArray[np.bool_], torch.Tensor]:
+    """Which of the chosen images can be read, (N,), and their patch colours, float (n, L, 3)."""
     reader, found = ImageReader(plan), []
     good = np.ones(len(chosen), dtype=np.bool_)
     with Progress("reading colours", len(chosen), "image") as progress:
         for place, index in enumerate(chosen):
             try:
-                found.append(squash(decode_image(reader.read(int(index))), grid))
+                found.append(squash(decode_image(reader.read(int(index))), grid).reshape(-1, 3))
             except BadImage:
                 good[place] = False
             progress.update()
     if not found:
         raise MissingError(f"not one of {len(chosen)} images in {plan.root} can be read")
-    return good, found
-
-
-def _against(
-    found: NDArray[np.integer], true: NDArray[np.integer], prefix: str = ""
-) -> dict[str, float]:
-    """How well parts agree with the true ones, percent."""
-    flat, truth = found.reshape(len(found), -1), true.reshape(len(true), -1)
-    return {
-        f"{prefix}fg_nmi": fg_nmi(flat, truth),
-        f"{prefix}fg_ari": fg_ari(flat, truth),
-        f"{prefix}nmi": nmi(flat, truth),
-        f"{prefix}ari": ari(flat, truth),
-        f"{prefix}in_image_ari": ari_inside_images(flat, truth),
-        f"{prefix}in_image_fg_ari": ari_inside_images(flat, truth, foreground=True),
-    }
-
-
-def _inherent(labels: Labels, parts: int) -> dict[str, float]:
-    """Measures that need no truth."""
-    places = np.arange(labels[0].size)
-    flat = labels.reshape(len(labels), -1)
-    return {
-        "coherence": coherence(labels),
-        "dead_parts": float(len(dead_parts(labels, parts))),
-        "position_share": information_share(flat, np.broadcast_to(places, flat.shape)),
-    }
+    return good, torch.from_numpy(np.stack(found)).float()
 
 
 def store_hash(path: str) -> str:
@@ -119,55 +173,19 @@ def store_hash(path: str) -> str:
     return file_hash(PartStore.open(Path(path)).path / "complete.json")
 
 
-def _beside_truth(
-    store: PartStore, plan: Plan, chosen: NDArray[np.int64], labels: Labels, options: PartsOptions
-) -> dict[str, float]:
-    """Agreement of the parts, of a fixed grid and of colour regions with the true parts."""
-    assert options.labels is not None
-    grid, parts = store.identity.grid, store.identity.parts
-    keys = plan.keys[chosen].tolist()
-    true = true_labels(options.labels, keys, grid, store.identity.image_size)
-    cells = np.broadcast_to(fixed_grid(*grid, parts), (len(true), grid[0] * grid[1]))
-    good, colours = _patch_colours(plan, chosen, grid)
-    regions = colour_clusters(colours, parts, options.seed)
-    bad = {} if good.all() else {"bad_images": float((~good).sum())}
-    return {
-        **_against(labels, true),
-        **_against(cells, true, "grid."),
-        **_against(regions, true[good], "colour."),
-        **bad,
-    }
-
-
-def measure_parts(options: PartsOptions) -> dict[str, float]:
-    """Measure the parts of a store; no record is written.
+def parts_hash(path: str) -> str:
+    """SHA-256 of what a record measured: of a store, or of a learner's and its encoder's weights.
 
     Args:
-        options: The settings.
-
-    Returns:
-        Percent: ``coherence``, ``position_share``; with true labels ``fg_nmi``, ``fg_ari``,
-        ``nmi``, ``ari``, ``in_image_ari``, ``in_image_fg_ari``, and those of ``grid.`` (fixed) and
-        ``colour.`` (k-means of colour inside each image).  Counts: ``dead_parts``, and
-        ``bad_images``, which the colours lack, if there are any.
+        path: Folder of a store, or the checkpoint file of a learner.
 
     Raises:
-        MissingError: Store, data or labels are not there.
-        MismatchError: The store holds no good image, or was made from other images.
-        DamageError: A label image is none.
+        MissingError: It is not there.
     """
-    store = PartStore.open(options.parts)
-    plan = None
-    if options.labels is not None and options.data is not None:
-        plan = store_images(store, options.data)
-    chosen = np.flatnonzero(store.ok())[: options.images]
-    if not len(chosen):
-        raise MismatchError(f"{options.parts} holds not one good image to measure")
-    labels = np.asarray(store.labels()[chosen])
-    metrics = _inherent(labels, store.identity.parts)
-    if plan is not None:
-        metrics.update(_beside_truth(store, plan, chosen, labels, options))
-    return metrics
+    place = Path(path)
+    if place.is_dir() or place.suffix != ".pt":
+        return store_hash(path)
+    return open_learner(place).hash
 
 
 def evaluate_parts(options: PartsOptions) -> dict[str, float]:
@@ -183,8 +201,22 @@ def evaluate_parts(options: PartsOptions) -> dict[str, float]:
         SettingError: ``output`` is a file.
         UserError: As `measure_parts`.
     """
-    options = pinned(options)
-    fingerprint = store_hash(str(options.parts))
+    options = _decided(pinned(options))
+    subject = str(options.parts if options.learner is None else options.learner)
+    fingerprint = parts_hash(subject)
     metrics = measure_parts(options)
-    keep_result("parts", options, str(options.parts), fingerprint, metrics)
+    keep_result("parts", options, subject, fingerprint, metrics)
     return metrics
+
+
+def _decided(options: PartsOptions) -> PartsOptions:
+    """A learner's checkpoint as it is now, and no store beside it."""
+    if options.learner is None:
+        return options
+    if options.parts is not None:
+        print(
+            f"measuring the learner {options.learner}; the store {options.parts} is left alone",
+            file=sys.stderr,
+        )
+    checkpoint = resolve_checkpoint(options.learner.expanduser().absolute())
+    return replace(options, learner=checkpoint, parts=None)

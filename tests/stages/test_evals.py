@@ -101,12 +101,13 @@ def test_rerun__gives_the_same_figures_from_the_stored_checkpoint(
     evaluate_parts(
         PartsOptions(parts=world.store, data=world.data, labels=world.labels, output=tmp_path)
     )
+    evaluate_parts(PartsOptions(learner=world.learner, data=world.data, output=tmp_path, images=12))
     table = rerun(tmp_path)
     assert set(table["kind"]) == {"knn", "linear", "parts"}
     assert (table["change"] == 0).all()
     assert (table["note"] == "").all()
     assert table["measured"].all()
-    assert len(read_results(tmp_path)) == 3
+    assert len(read_results(tmp_path)) == 4
 
 
 def test_rerun__names_a_checkpoint_that_is_gone(world: World, tmp_path: Path) -> None:
@@ -183,7 +184,7 @@ def test_evaluate_parts__missing_labels_are_named(world: World, tmp_path: Path) 
 
 def test_evaluate_parts__needs_data_for_labels_alone(world: World, tmp_path: Path) -> None:
     metrics = measure_parts(PartsOptions(parts=world.store, output=tmp_path))
-    assert metrics.keys() == {"coherence", "dead_parts", "position_share"}
+    assert metrics.keys() == {"coherence", "dead_parts", "position_share", "area_entropy"}
     with pytest.raises(SettingError, match="--labels needs --data"):
         PartsOptions(parts=world.store, output=tmp_path, labels=world.labels)
 
@@ -221,9 +222,7 @@ def test_evaluate_parts__images_gone_bad_are_left_out_of_the_colours(
 ) -> None:
     data = spoilt_copy(world.data, tmp_path / "data", "train")
     whole, spoilt = (
-        measure_parts(
-            PartsOptions(parts=world.store, data=d, labels=world.labels, output=tmp_path, images=8)
-        )
+        measure_parts(PartsOptions(parts=world.store, data=d, labels=world.labels, output=tmp_path))
         for d in (world.data, data)
     )
     assert "bad_images" not in whole

@@ -86,6 +86,16 @@ def test_ari_inside_images__is_the_mean_of_the_images_that_have_foreground() -> 
     assert metrics.ari_inside_images(predicted, true) == pytest.approx(sum(whole) / 3)
 
 
+def test_agreement__counts_equal_ids_by_hand() -> None:
+    first = np.array([[[0, 1], [2, 2]], [[0, 0], [0, 3]]])
+    second = np.array([[[0, 1], [2, 0]], [[1, 0], [2, 3]]])
+    assert metrics.agreement(first, second) == pytest.approx(100 * 5 / 8)
+    inside = np.array([[[True, False], [False, True]], [[False, False], [True, True]]])
+    assert metrics.agreement(first, second, inside) == pytest.approx(50)
+    assert metrics.agreement(first, first) == 100
+    assert metrics.agreement(first, first + 1, inside) == 0
+
+
 @settings(max_examples=25, deadline=None)
 @given(MAPS)
 def test_coherence__equals_the_slow_loop(maps: np.ndarray) -> None:
@@ -172,6 +182,12 @@ def test_metrics__refuse_what_cannot_be_compared() -> None:
         metrics.ari_inside_images(ones, 0 * ones, foreground=True)
     with pytest.raises(MismatchError, match="fit part ids"):
         metrics.information_share(ones, np.arange(3))
+    with pytest.raises(MismatchError, match="no patches"):
+        metrics.agreement(ones, ones, ones == 0)
+    with pytest.raises(MismatchError, match="one value a patch"):
+        metrics.agreement(ones, ones, np.ones(4, bool))
+    with pytest.raises(MismatchError, match=r"\(2, 4\).*\(4, 2\)"):
+        metrics.agreement(ones, ones.reshape(4, 2))
     with pytest.raises(MismatchError, match="coherence"):
         metrics.coherence(np.ones((3, 1, 1), int))
     with pytest.raises(MismatchError, match="0 to 2"):

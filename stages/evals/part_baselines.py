@@ -1,0 +1,91 @@
+"""Baselines beside a part learner: what its tokens give without learning.
+
+They are part learners themselves, so background, blur and labels are made by the same code.
+
+Legend of shapes: N images, L patches, D width.
+"""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...models.encoders import Tokens
+from ...models.parts import PartArchitecture, PartLearner
+from ..part_start import start_scores
+
+Baseline = Literal["kmeans", "bare_kmeans", "image_kmeans", "colour", "attention", "grid"]
+
+BASELINES: tuple[Baseline, ...] = (
+    "kmeans",
+    "bare_kmeans",
+    "image_kmeans",
+    "colour",
+    "attention",
+    "grid",
+)
+
+_IMAGES_AT_ONCE = 128
+
+
+def beside(
+    learner: PartLearner, tokens: Tokens, grid: tuple[int, int], variant: Baseline, seed: int
+) -> PartLearner:
+    """A baseline with the token statistics of a learner, and as many part ids as it has.
+
+    ``kmeans`` over the set, ``image_kmeans`` inside each image and ``colour`` regions have the
+    learner's background mask, temperature and blur.  ``bare_kmeans``, raw ``attention`` heads and
+    the fixed ``grid`` have no background; ``bare_kmeans`` and the ``grid`` are not blurred either.
+
+    Args:
+        learner: The learner.
+        tokens: Of the images that k-means is made of; the attention's heads are counted in them.
+        grid: (h, w), with h w = L.
+        variant: Which baseline.
+        seed: Of k-means over the set, which has three starts.
+
+    Returns:
+        The baseline, on the CPU, in evaluation mode.
+
+    Raises:
+        SettingError: There are fewer object patches than parts, or the grid has too few places.
+    """
+    shape = _shape(learner.architecture, variant, tokens.attention.shape[1], grid)
+    made = PartLearner(shape).eval().requires_grad_(False)
+    for name, own in made.named_buffers(recurse=False):
+        # Without a background there is no vote to take over, and the blur may be another.
+        if name != "kernel" and len(own):
+            own.copy_(getattr(learner, name))
+    points = _object_tokens(made, tokens) if shape.variant == "kmeans" else tokens.patches[:0]
+    start_scores(made, points.numpy(), grid, seed)
+    return made
+
+
+def _shape(
+    shape: PartArchitecture, variant: Baseline, heads: int, grid: tuple[int, int]
+) -> PartArchitecture:
+    masked = shape.background == "voted"
+    whole: dict[str, Any] = {"background": "none", "parts": shape.channels}
+    like: dict[str, Any] = {"parts": shape.parts} if masked else whole
+    changes: dict[Baseline, dict[str, Any]] = {
+        "kmeans": {"variant": "kmeans", **like},
+        "bare_kmeans": {"variant": "kmeans", **whole, "blur": 0.0},
+        "image_kmeans": {"variant": "image-kmeans", **like},
+        "colour": {"variant": "colour", **like},
+        "attention": {"variant": "attention", **whole, "parts": heads},
+        "grid": {"variant": "grid", **whole, "blur": 0.0, "grid_places": grid[0] * grid[1]},
+    }
+    plain: dict[str, Any] = {"pixel_decoder": False, "grid_places": 0}
+    return replace(shape, **{**plain, **changes[variant]})
+
+
+def _object_tokens(learner: PartLearner, tokens: Tokens) -> Tensor:
+    """Standardised tokens of all object patches, float32 (M, D)."""
+    found = []
+    for start in range(0, len(tokens.patches), _IMAGES_AT_ONCE):
+        step = slice(start, start + _IMAGES_AT_ONCE)
+        some = Tokens(tokens.class_token[step], tokens.patches[step], tokens.attention[step])
+        patches = learner.patches(some)
+        found.append(patches.features[patches.objects > 0])
+    return torch.cat(found)
