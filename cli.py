@@ -32,6 +32,7 @@ if typing.TYPE_CHECKING:
     from .stages.extract_parts import ExtractPartsOptions
     from .stages.import_parts import ImportPartsOptions
     from .stages.initialise import InitialiseOptions
+    from .stages.learn_encoder import LearnEncoderOptions
     from .stages.learn_parts import LearnPartsOptions
     from .stages.make_creatures import MakeCreaturesOptions
     from .stages.pretrain import PretrainOptions
@@ -351,6 +352,15 @@ def _make_creatures(options: "MakeCreaturesOptions") -> None:
 
     make_creatures(options)
     print(f"wrote {options.output}/images and {options.output}/labels")
+
+
+@command("stage1 learn-encoder", "learn_encoder:LearnEncoderOptions")
+def _learn_encoder(options: "LearnEncoderOptions") -> None:
+    """Learn a self-supervised encoder of one's own, without downloads."""
+    from .stages.learn_encoder import learn_encoder
+
+    learn_encoder(options)
+    print(f"wrote the encoder {options.output}: give it as --encoder or --checkpoint")
 
 
 @command("stage1 learn-parts", "learn_parts:LearnPartsOptions")

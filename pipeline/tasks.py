@@ -51,6 +51,13 @@ class Task(abc.ABC):
     def begin(self, folder: Path) -> None:  # noqa: B027 (most tasks have nothing to do)
         """Called once the folder is found fit for the run, before its first step."""
 
+    def after_step(self, progress: float) -> None:  # noqa: B027 (most tasks have nothing to do)
+        """Called after each optimiser step.
+
+        Args:
+            progress: Share of the run's steps that are done, above 0, at most 1.
+        """
+
     def finish_epoch(self, epoch: int, run: Run) -> dict[str, float]:
         """Called after each epoch (from 1): draw pictures, validate; figures go into the log."""
         return {}

@@ -255,6 +255,7 @@ class _Training:
                 rate = schedule.learning_rate(run.step)
                 scalars = self._step(batches, rate)
                 run.step += 1
+                self._task.after_step(run.step / schedule.steps)
                 self._meter.add(scalars)
                 self.epoch_meter.add(scalars)
                 progress.update(size, **self._after_step(rate))

@@ -51,6 +51,9 @@ def _encoder_of(state: dict[str, Any], name: str, reading: Reading | None = None
         raise SettingError(
             f"{name} is a part learner: expected an encoder, such as the run it was learned on"
         )
+    if state.get("kind") == "encoder":  # of student and teacher, the teacher
+        own = {k: v for k, v in state["model"].items() if k.startswith("teacher.")}
+        state = {**state, "model": {k.removeprefix("teacher."): v for k, v in own.items()}}
     if reading is None:
         record = _record_in(state.get("reading"), {"blocks", "kind", "pooled"})
         kept = record and Reading(tuple(record["blocks"]), record["kind"], record["pooled"])

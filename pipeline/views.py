@@ -1,0 +1,116 @@
+"""Several looks at an image, made on the training device: where each was taken, in what colours.
+
+Randomness is torch's own generator, which the trainer seeds from (seed, step): so views of a step
+are the same however a run was interrupted.
+
+Legend of shapes: B images, H W pixels of an image, h w patches of a view, L = h w.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_LUMA = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
+"""RGB to YIQ: the first row is lightness, the other two turn with the hue."""
+
+ASPECT = (3 / 4, 4 / 3)
+"""Least and largest width over height of what a view takes in, as in MAE's crops."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A look at each image of a batch.
+
+    Attributes:
+        pixels: float32 (B, 3, S, S), in [0, 1].
+        frame: float32 (B, 2, 3): takes a place of the view to the place of the image that is seen
+            there, both (x, y) with -1 and 1 at the borders.
+    """
+
+    pixels: Tensor
+    frame: Tensor
+
+
+def draw_view(images: Tensor, size: int, scale: float) -> View:
+    """A random crop of each image, resized, half of them mirrored.
+
+    Args:
+        images: float32 (B, 3, H, W), in [0, 1].
+        size: S, pixels of the view.
+        scale: Least share of the image's area in it; the most is 1.
+    """
+    frame = _draw_frames(len(images), scale).to(images.device)
+    places = F.affine_grid(frame, [len(images), 3, size, size], align_corners=False)
+    pixels = F.grid_sample(images, places, padding_mode="border", align_corners=False)
+    return View(pixels, frame)
+
+
+def _draw_frames(count: int, scale: float) -> Tensor:
+    area = torch.empty(count).uniform_(scale, 1)
+    aspect = torch.empty(count).uniform_(math.log(ASPECT[0]), math.log(ASPECT[1])).exp()
+    wide, tall = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    across, down = (torch.rand(2, count) * 2 - 1) * (1 - torch.stack([wide, tall]))
+    mirror = torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
+    none = torch.zeros(count)
+    x = torch.stack([wide * mirror, none, across], dim=1)
+    y = torch.stack([none, tall, down], dim=1)
+    return torch.stack([x, y], dim=1)
+
+
+def recoloured(pixels: Tensor, strength: float) -> Tensor:
+    """Each view in other colours: brightness, contrast, hue and saturation, at times in grey.
+
+    Args:
+        pixels: float32 (B, 3, S, S), in [0, 1].
+        strength: 1 turns the hue to any other and changes brightness and contrast by up to 40 %;
+            0 changes nothing.
+    """
+    if not strength:
+        return pixels
+    count = len(pixels)
+
+    def factor(spread: float) -> Tensor:
+        drawn = torch.empty(count, 1, 1, 1).uniform_(1 - spread * strength, 1 + spread * strength)
+        return drawn.to(pixels.device)
+
+    lit = pixels * factor(0.4)
+    mean = lit.mean(dim=(1, 2, 3), keepdim=True)
+    lit = (lit - mean) * factor(0.4) + mean
+    hue = torch.empty(count).uniform_(-math.pi, math.pi) * strength
+    saturation = torch.empty(count).uniform_(1 - 0.7 * strength, 1 + 0.4 * strength)
+    saturation = torch.where(torch.rand(count) < 0.15 * strength, 0.0, saturation)
+    luma = torch.tensor(_LUMA)
+    turned = torch.zeros(count, 3, 3)
+    turned[:, 0, 0] = 1
+    turned[:, 1, 1] = turned[:, 2, 2] = saturation * hue.cos()
+    turned[:, 2, 1], turned[:, 1, 2] = saturation * hue.sin(), -saturation * hue.sin()
+    mixed = torch.linalg.inv(luma) @ turned @ luma
+    return torch.einsum("bij,bjhw->bihw", mixed.to(pixels.device), lit).clamp(0, 1)
+
+
+def meeting_places(source: Tensor, target: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Where another view shows what each patch of a view shows.
+
+    Args:
+        source: Frame of the view, (B, 2, 3).
+        target: Frame of the other one.
+        grid: (h, w).
+
+    Returns:
+        (B, L, 2), the place (x, y) in the other view of each patch's centre; and bool (B, L),
+        whether it lies in it.
+    """
+    places = F.affine_grid(source, [len(source), 1, *grid], align_corners=False).flatten(1, 2)
+    scale = torch.diagonal(target[:, :, :2], dim1=1, dim2=2)[:, None]
+    seen = (places - target[:, None, :, 2]) / scale
+    return seen, (seen.abs() <= 1).all(dim=2)
+
+
+def patches_at(tokens: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patch tokens (B, L, D) between the patches of a view, at places (B, M, 2): (B, M, D)."""
+    maps = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
+    found = F.grid_sample(maps, places[:, :, None], padding_mode="border", align_corners=False)
+    return found[..., 0].transpose(1, 2)
