@@ -99,6 +99,16 @@ class FrozenEncoder(nn.Module):
         height, width = self.transformer.patch_embed.img_size
         return int(height), int(width)
 
+    def shape_record(self) -> dict[str, object]:
+        """Plain data of its shape, for checkpoints of what is trained from it."""
+        return {
+            "heads": self.heads,
+            "image_size": list(self.native_size),
+            "width": self.width,
+            "depth": len(self.transformer.blocks),
+            "patch_size": self.patch_size,
+        }
+
     def train(self, mode: bool = True) -> "FrozenEncoder":
         """Stay in evaluation mode, whatever is asked."""
         return super().train(False)
@@ -114,9 +124,21 @@ class FrozenEncoder(nn.Module):
         Returns:
             float tokens in the precision of the surrounding autocast.
         """
+        return self.features(normalise(images, self.mean, self.std))
+
+    def features(self, pixels: Tensor) -> Tokens:
+        """Encode pixels that were made, such as a rebuilt image; gradients go back to them.
+
+        Args:
+            pixels: float (B, 3, H, W), normalised by ``mean`` and ``std``; H and W multiples of
+                the patch size.
+
+        Returns:
+            As of `forward`.
+        """
         model = self.transformer
         with outputs_kept(self._sources()) as kept:
-            final = model.forward_features(normalise(images, self.mean, self.std))
+            final = model.forward_features(pixels)
         prefix = model.num_prefix_tokens
         patches = self._patches(final, kept)
         if model.cls_token is None:

@@ -25,7 +25,7 @@ class View:
     """A look at each image of a batch.
 
     Attributes:
-        pixels: float32 (B, 3, S, S), in [0, 1].
+        pixels: float32 (B, 3, S, T), in [0, 1].
         frame: float32 (B, 2, 3): takes a place of the view to the place of the image that is seen
             there, both (x, y) with -1 and 1 at the borders.
     """
@@ -34,16 +34,17 @@ class View:
     frame: Tensor
 
 
-def draw_view(images: Tensor, size: int, scale: float) -> View:
+def draw_view(images: Tensor, size: int | tuple[int, int], scale: float) -> View:
     """A random crop of each image, resized, half of them mirrored.
 
     Args:
         images: float32 (B, 3, H, W), in [0, 1].
-        size: S, pixels of the view.
+        size: Pixels of the view: (S, T) down and across, or the side of a square.
         scale: Least share of the image's area in it; the most is 1.
     """
     frame = _draw_frames(len(images), scale).to(images.device)
-    places = F.affine_grid(frame, [len(images), 3, size, size], align_corners=False)
+    down, across = (size, size) if isinstance(size, int) else size
+    places = F.affine_grid(frame, [len(images), 3, down, across], align_corners=False)
     pixels = F.grid_sample(images, places, padding_mode="border", align_corners=False)
     return View(pixels, frame)
 
@@ -114,3 +115,34 @@ def patches_at(tokens: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
     maps = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
     found = F.grid_sample(maps, places[:, :, None], padding_mode="border", align_corners=False)
     return found[..., 0].transpose(1, 2)
+
+
+def recoloured_regions(pixels: Tensor, cells: tuple[int, ...]) -> Tensor:
+    """Each view with the colours of its regions turned at random, each region's its own way.
+
+    What is left is shape: edges and patterns inside a region.  Neither a region's colours nor how
+    they compare with another's tell what they were.
+
+    Args:
+        pixels: float32 (B, 3, S, S), in [0, 1].
+        cells: Regions a side; the views of a batch are parted among these at random.
+
+    Returns:
+        Of the same shape, in [0, 1].
+    """
+    made = torch.empty_like(pixels)
+    apart = pixels - pixels.mean(dim=(2, 3), keepdim=True)
+    for count, chosen in zip(cells, torch.randperm(len(pixels)).chunk(len(cells)), strict=False):
+        turns = torch.linalg.qr(torch.randn(len(chosen), count, count, 3, 3))[0]
+        gains = torch.empty(len(chosen), count, count, 1, 1).uniform_(0.5, 1.3)
+        shifts = torch.empty(len(chosen), 3, count, count).uniform_(-0.15, 0.15)
+        matrices = (turns * gains).permute(0, 3, 4, 1, 2).flatten(1, 2)
+        region = _spread(matrices.to(pixels.device), pixels.shape[2:])
+        region = region.reshape(len(chosen), 3, 3, *pixels.shape[2:])
+        turned = (region * apart[chosen, None]).sum(dim=2)
+        made[chosen] = turned + 0.5 + _spread(shifts.to(pixels.device), pixels.shape[2:])
+    return made.clamp(0, 1)
+
+
+def _spread(cells: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(cells, (size[0], size[1]), mode="nearest")

@@ -10,10 +10,13 @@ from semmae.pipeline.image_source import ImageSource
 from semmae.pipeline.loaders import SquashedData
 from semmae.pipeline.schedule import Draw
 from semmae.pipeline.sources import list_images
-from semmae.stages.learn_encoder import EncoderLearning, LearnEncoderOptions, learn_encoder
+from semmae.stages.distilling import Distilling
+from semmae.stages.learn_encoder import LearnEncoderOptions, learn_encoder
 from semmae.stages.networks import open_encoder
 from semmae.storage.checkpoints import load_checkpoint
 from semmae.tests.world import World
+
+METHODS = ["appearance", "distil"]
 
 
 def options_of(world: World, output: Path, **changes: object) -> LearnEncoderOptions:
@@ -28,15 +31,14 @@ def options_of(world: World, output: Path, **changes: object) -> LearnEncoderOpt
         "epochs": 1,
         "batch_size": 16,
         "prototypes": 12,
-        "head_width": 16,
         "loader_workers": 0,
     }
     return LearnEncoderOptions(**{**settings, **changes})  # type: ignore[arg-type]
 
 
-def task_of(world: World, options: LearnEncoderOptions) -> EncoderLearning:
+def task_of(world: World, options: LearnEncoderOptions) -> Distilling:
     data = SquashedData(ImageSource(list_images(world.data, "train")), (32, 32))
-    return EncoderLearning(open_encoder(str(world.encoder)), data, options)
+    return Distilling(open_encoder(str(world.encoder)), data, options)
 
 
 def tokens(named: Path) -> Tokens:
@@ -47,8 +49,11 @@ def tokens(named: Path) -> Tokens:
     return found
 
 
-def test_learn_encoder__gives_an_encoder_that_opens(world: World, tmp_path: Path) -> None:
-    learn_encoder(options_of(world, tmp_path / "run"))
+@pytest.mark.parametrize("method", METHODS)
+def test_learn_encoder__gives_an_encoder_that_opens(
+    world: World, tmp_path: Path, method: str
+) -> None:
+    learn_encoder(options_of(world, tmp_path / "run", method=method))
     learned, started = tokens(tmp_path / "run"), tokens(world.encoder)
     assert learned.patches.shape == started.patches.shape
     assert not torch.allclose(learned.patches, started.patches, atol=1e-3)
@@ -66,10 +71,14 @@ def test_learn_encoder__pretrains_a_start_of_its_own(world: World, tmp_path: Pat
     assert tokens(tmp_path / "run").patches.shape == (2, 16, 128)
 
 
-def test_learn_encoder__goes_on_to_the_same_weights(world: World, tmp_path: Path) -> None:
-    whole = load_checkpoint(learn_encoder(options_of(world, tmp_path / "whole", epochs=2)))
+@pytest.mark.parametrize("method", METHODS)
+def test_learn_encoder__goes_on_to_the_same_weights(
+    world: World, tmp_path: Path, method: str
+) -> None:
+    changes = {"method": method, "epochs": 2}
+    whole = load_checkpoint(learn_encoder(options_of(world, tmp_path / "whole", **changes)))
     options = options_of(
-        world, tmp_path / "parted", epochs=2, checkpoint_steps=1, keep_checkpoints=0
+        world, tmp_path / "parted", checkpoint_steps=1, keep_checkpoints=0, **changes
     )
     parted = learn_encoder(options)
     for path in sorted(parted.parent.glob("*.pt"))[1:]:
@@ -125,7 +134,6 @@ def test_learn_encoder__a_start_of_another_size_is_refused(world: World, tmp_pat
     [
         ({"kept_share": 0.0}, "--kept-share is 0.0"),
         ({"view_size": 20}, "--view-size is 20"),
-        ({"recolouring": 2.0}, "--recolouring is 2.0"),
         ({"prototypes": 1}, "--prototypes is 1"),
     ],
 )
