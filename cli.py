@@ -97,7 +97,7 @@ groups = {
         "stage1": "Learn parts and extract them into a store.",
         "stage2": "Pretrain with masks that follow the parts.",
         "eval": "Evaluate stored checkpoints and part stores.",
-        "parts": "Look at a part store.",
+        "parts": "Look at a part store, or make one from label images.",
         "masks": "Look at masks.",
     }.items()
 }
@@ -436,11 +436,15 @@ def _rerun(results: Annotated[Path, typer.Argument(help="Results folder.")]) -> 
 
 @groups["eval"].command("table")
 def _table(results: Annotated[Path, typer.Argument(help="Results folder.")]) -> None:
-    """Print the results on record."""
-    from .stages.evals.history import results_tables
+    """Print the results on record, and of part learners the means over seeds."""
+    from .stages.evals.history import results_tables, seed_means
+    from .stages.evals.seeds import shown_means
 
     for kind, table in results_tables(results).items():
         print(f"{kind}\n{table.to_string(index=False, float_format='%.2f')}\n")
+        if kind == "parts" and not (means := seed_means(results)).empty:
+            print("parts, mean ± standard deviation over seeds")
+            print(f"{shown_means(means).to_string(index=False)}\n")
 
 
 @groups["parts"].command("info")

@@ -99,7 +99,6 @@ class PartArchitecture:
                 f"--temperature is {self.temperature} and --blur {self.blur}: "
                 "expected above 0, and 0 or more"
             )
-
         if self.background == "token" and self.variant not in LEARNED:
             raise SettingError(
                 f"--background token is one more part token, and --variant {self.variant} has "
@@ -185,11 +184,15 @@ class PartLearner(nn.Module):
             tokens: Of the encoder.
             colours: (B, L, 3), from `patch_colours`; needed by the variant ``colour`` alone.
         """
-        features = (tokens.patches.float() - self.token_mean) / self.token_std
+        features = self.standardised(tokens)
         style = (tokens.class_token.float() - self.class_mean) / self.class_std
         return Patches(
             features, style, tokens.attention.float(), self.object_mask(features), colours
         )
+
+    def standardised(self, tokens: Tokens) -> Tensor:
+        """Patch tokens (B, L, D) of zero mean and unit variance over the data set."""
+        return (tokens.patches.float() - self.token_mean) / self.token_std
 
     def maps(self, patches: Patches, grid: tuple[int, int]) -> Tensor:
         """The soft part maps.

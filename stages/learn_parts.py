@@ -20,6 +20,7 @@ from ..storage.checkpoints import checkpoints, load_checkpoint
 from .networks import ENCODER_FILE, image_size_of, open_encoder, parse_reading, shaped_learner
 from .part_start import sample_tokens, started_learner
 from .part_training import CachedTokens, PartLearning
+from .second_views import sample_views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +72,19 @@ class LearnPartsOptions(TrainingOptions):
         float | None,
         "Of rebuilding pixels by the AdaIN decoder; default 0 if anchored, 1 if paper.",
     ] = None
+    perceptual_weight: Annotated[
+        float, "Of rebuilding the image such that the encoder sees the same patch tokens in it."
+    ] = 0.0
+    consistency_weight: Annotated[
+        float, "Of finding the same parts in a random crop of each image, mirrored by half."
+    ] = 0.0
     decoder_width: Annotated[int, "Channels of the pixel decoder's first layer."] = 64
     decoder_noise: Annotated[bool, "Per-layer noise in the pixel decoder."] = False
     sample_images: Annotated[int, "Images that statistics and k-means starts come from."] = 2000
     cached_images: Annotated[
         int,
-        "Train on the tokens of this many images, read once and kept in memory; 0: on all images, "
-        "encoded anew in each epoch.",
+        "Train on the tokens of this many images (and of one view of each, if --consistency-weight "
+        "asks), read once and kept in memory; 0: on all images, encoded anew in each epoch.",
     ] = 0
     epochs: Annotated[int, "Passes over the data."] = 5
     batch_size: Annotated[int, "Images an optimiser step."] = 64
@@ -91,30 +98,50 @@ class LearnPartsOptions(TrainingOptions):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.cached_images >= 0, "cached_images", self.cached_images, "0 or more")
         parse_reading(self.blocks, self.facet, self.pooled)
-        for name in ("diversity_weight", "class_share"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.class_share >= 0, "class_share", self.class_share, "0 or more")
         require(0 <= self.blur <= 8, "blur", self.blur, "0 to 8 patches")
-        for name, weight in zip(("feature_weight", "pixel_weight"), self.weights, strict=True):
-            require(weight >= 0, name, weight, "0 or more")
+        for loss, weight in self.loss_weights.items():
+            flag = f"{loss.removesuffix('s')}_weight"
+            require(weight >= 0, flag, weight, "0 or more")
         PartArchitecture(
             width=1, parts=self.num_parts, clusters=self.clusters, temperature=self.temperature
         )
-        if self.cached_images and self.weights[1]:
+        self._refuse_idle_weights()
+
+    def _refuse_idle_weights(self) -> None:
+        """Refuse weights of losses that cannot be taken."""
+        if self.cached_images and self.rebuilds_pixels:
             raise SettingError(
-                "--cached-images keeps tokens, but --pixel-weight rebuilds pixels, which it does "
-                "not keep: set one of them to 0"
+                "--cached-images keeps tokens, but --pixel-weight and --perceptual-weight rebuild "
+                "pixels, which it does not keep: set it, or both of them, to 0"
             )
-        if self.variant in LEARNED and self.weights == (0.0, 0.0):
+        if self.variant in LEARNED and not (self.loss_weights["features"] or self.rebuilds_pixels):
             raise SettingError(
-                "--feature-weight and --pixel-weight are both 0: nothing would be rebuilt"
+                "--feature-weight, --pixel-weight and --perceptual-weight are all 0: nothing "
+                "would be rebuilt; expected one above 0"
+            )
+        if self.variant not in LEARNED and (self.perceptual_weight or self.consistency_weight):
+            raise SettingError(
+                f"--variant {self.variant} has nothing to train: expected --perceptual-weight and "
+                f"--consistency-weight 0, or --variant {' or '.join(LEARNED)}"
             )
 
     @property
-    def weights(self) -> tuple[float, float]:
-        """Weights of the feature and the pixel reconstruction."""
-        default = (0.0, 1.0) if self.variant == "paper" else (1.0, 0.0)
-        given = (self.feature_weight, self.pixel_weight)
-        return tuple(d if g is None else g for g, d in zip(given, default, strict=True))  # type: ignore[return-value]
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss, by its name in the logs."""
+        features, pixels = (0.0, 1.0) if self.variant == "paper" else (1.0, 0.0)
+        return {
+            "features": features if self.feature_weight is None else self.feature_weight,
+            "pixels": pixels if self.pixel_weight is None else self.pixel_weight,
+            "perceptual": self.perceptual_weight,
+            "diversity": self.diversity_weight,
+            "consistency": self.consistency_weight,
+        }
+
+    @property
+    def rebuilds_pixels(self) -> bool:
+        """Whether there is a pixel decoder to train."""
+        return self.loss_weights["pixels"] > 0 or self.loss_weights["perceptual"] > 0
 
     @property
     def background_kind(self) -> Literal["voted", "token", "none"]:
@@ -132,7 +159,7 @@ def _recorded_learner(path: Path) -> PartLearner:
             f"{path.parent.parent} holds a run of kind {state.get('kind')!r}: choose another "
             "--output for the part learner"
         )
-    return shaped_learner(state)
+    return shaped_learner(state, path)
 
 
 def learn_parts(options: LearnPartsOptions) -> Path:
@@ -184,7 +211,12 @@ def _training_data(
     if not (cached or starts):
         return whole, None
     tokens = sample_tokens(encoder, images, size, count, options.seed)
-    return (CachedTokens(tokens, whole.fingerprint) if cached else whole), tokens
+    if not cached:
+        return whole, tokens
+    views = None
+    if options.consistency_weight:
+        views = sample_views(encoder, images, size, count, options.seed)
+    return CachedTokens(tokens, whole.fingerprint, views), tokens
 
 
 def _some(tokens: Tokens, options: LearnPartsOptions) -> Tokens:

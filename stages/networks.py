@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from ..errors import MissingError, SettingError
+from ..errors import MismatchError, MissingError, SettingError
 from ..models.autoencoder import Architecture, MaskedAutoencoder
 from ..models.encoders import FrozenEncoder, build_encoder, timm_encoder
 from ..models.parts import PartArchitecture, PartLearner
@@ -52,8 +52,10 @@ def _encoder_of(state: dict[str, Any], name: str, reading: Reading | None = None
             f"{name} is a part learner: expected an encoder, such as the run it was learned on"
         )
     if state.get("kind") == "encoder":  # of student and teacher, the teacher
-        own = {k: v for k, v in state["model"].items() if k.startswith("teacher.")}
-        state = {**state, "model": {k.removeprefix("teacher."): v for k, v in own.items()}}
+        taught = any(name.startswith("teacher.") for name in state["model"])
+        prefix = "teacher." if taught else "student."
+        own = {k: v for k, v in state["model"].items() if k.startswith(prefix)}
+        state = {**state, "model": {k.removeprefix(prefix): v for k, v in own.items()}}
     if reading is None:
         record = _record_in(state.get("reading"), {"blocks", "kind", "pooled"})
         kept = record and Reading(tuple(record["blocks"]), record["kind"], record["pooled"])
@@ -127,10 +129,29 @@ class TrainedLearner:
         return self.image_size[0] // patch, self.image_size[1] // patch
 
 
-def shaped_learner(state: dict[str, Any]) -> PartLearner:
-    """A part learner of the shape that a checkpoint records, its weights not loaded."""
+def shaped_learner(state: dict[str, Any], path: Path) -> PartLearner:
+    """A part learner of the shape that a checkpoint records, its weights not loaded.
+
+    Args:
+        state: Content of the checkpoint.
+        path: Where it lies, for the message.
+
+    Raises:
+        MismatchError: It records a shape that this version does not know.
+    """
     record = {k: v for k, v in state["architecture"].items() if k != "image_size"}
-    return PartLearner(PartArchitecture(**record))
+    try:
+        return PartLearner(PartArchitecture(**record))
+    except TypeError as error:
+        raise _other_version(path) from error
+
+
+def _other_version(path: Path) -> MismatchError:
+    return MismatchError(
+        f"the part learner {path} does not fit this semmae: expected the tensors that its version "
+        "writes; open it with the version that wrote it, or learn the parts anew with `semmae "
+        "stage1 learn-parts` in another --output"
+    )
 
 
 def open_learner(folder: Path) -> TrainedLearner:
@@ -139,6 +160,7 @@ def open_learner(folder: Path) -> TrainedLearner:
     Raises:
         MissingError: There is no such folder, or it holds no part learner.
         SettingError: It holds another kind of run.
+        MismatchError: Its tensors do not fit, as those of another version of semmae.
     """
     path = resolve_checkpoint(folder)
     state = load_checkpoint(path)
@@ -149,9 +171,12 @@ def open_learner(folder: Path) -> TrainedLearner:
         )
     encoder_path = path.parent.parent / ENCODER_FILE
     encoder = _encoder_of(load_checkpoint(encoder_path), str(encoder_path))
-    learner = shaped_learner(state).eval()
+    learner = shaped_learner(state, path).eval()
     height, width = state["architecture"]["image_size"]
-    learner.load_state_dict(state["model"])
+    try:
+        learner.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise _other_version(path) from error
     learner.requires_grad_(False)
     both = hashlib.sha256(f"{file_hash(path)}{file_hash(encoder_path)}".encode()).hexdigest()
     return TrainedLearner(encoder, learner, (height, width), both)

@@ -184,7 +184,7 @@ def _shaped(
             class_share=options.class_share,
             temperature=options.temperature,
             blur=options.blur,
-            pixel_decoder=options.variant in LEARNED and options.weights[1] > 0,
+            pixel_decoder=options.variant in LEARNED and options.rebuilds_pixels,
             decoder_width=options.decoder_width,
             decoder_noise=options.decoder_noise,
             places=places if mean.ndim == 2 else 0,

@@ -22,7 +22,9 @@ from ..pipeline.schedule import Draw, indices
 from ..pipeline.tasks import Task
 from ..storage.checkpoints import checkpoints
 from .networks import ENCODER_FILE, save_encoder
-from .pictures import colours_of, overlay, pairs_sheet, save_picture
+from .part_watch import PartWatch
+from .pictures import colours_of, overlay, pairs_sheet, save_picture, soft_overlay
+from .second_views import SecondView, disagreement, look_again
 
 if TYPE_CHECKING:
     from .learn_parts import LearnPartsOptions
@@ -34,20 +36,29 @@ class CachedTokens:
     Args:
         tokens: Of all images that are trained on.
         fingerprint: Of the images that they were drawn from.
+        views: One second view of each of the images, where consistency is asked for.
     """
 
-    def __init__(self, tokens: Tokens, fingerprint: str) -> None:
-        self._class_token, self._patches = tokens.class_token, tokens.patches.half()
+    def __init__(self, tokens: Tokens, fingerprint: str, views: SecondView | None = None) -> None:
+        self._kept = {"class_token": tokens.class_token, "patches": tokens.patches.half()}
+        if views is not None:
+            self._kept["view_class_token"] = views.tokens.class_token
+            self._kept["view_patches"] = views.tokens.patches
+            self._kept["view_frame"] = views.frame
         told = f"{fingerprint} {tuple(tokens.patches.shape)}"
         self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._patches)
+        return len(self._kept["patches"])
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
-        """``class_token`` float32 (B, S) and ``patches`` float16 (B, L, D) of a batch."""
+        """``class_token`` float32 (B, S) and ``patches`` float16 (B, L, D) of a batch.
+
+        With second views also theirs, ``view_class_token`` and ``view_patches``, and
+        ``view_frame`` float32 (B, 2, 3).
+        """
         chosen = torch.from_numpy(indices(draws))
-        return {"class_token": self._class_token[chosen], "patches": self._patches[chosen]}
+        return {name: kept[chosen] for name, kept in self._kept.items()}
 
 
 class PartLearning(Task):
@@ -78,6 +89,7 @@ class PartLearning(Task):
         self._grid = image_size[0] // encoder.patch_size, image_size[1] // encoder.patch_size
         self.architecture = {**learner.architecture.to_record(), "image_size": list(image_size)}
         self._examples = _first_images(images, 16)
+        self._watch = PartWatch(options.log_steps)
 
     def begin(self, folder: Path) -> None:
         """Keep the encoder beside the learner."""
@@ -90,34 +102,53 @@ class PartLearning(Task):
         self.model.to(device)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction and diversity of a batch of whole images, or of their tokens."""
+        """Reconstruction, diversity and consistency of whole images, or of their tokens."""
         patches = self._learner.patches(self._tokens(batch))
         maps = self._learner.maps(patches, self._grid)
         flat = maps.flatten(2).float()
+        weights = self._options.loss_weights
         terms = {"diversity": diversity(flat).mean()}
-        total = self._options.diversity_weight * terms["diversity"]
-        features, pixels = self._options.weights
-        if features:
+        if weights["features"]:
             rebuilt = rebuilt_features(flat, patches.features)
             terms["features"] = F.mse_loss(rebuilt, patches.features)
-            total = total + features * terms["features"]
-        if pixels:
-            terms["pixels"] = self._pixel_loss(batch["images"], maps, patches)
-            total = total + pixels * terms["pixels"]
-        return total, {name: term.detach() for name, term in terms.items()}
+        if self._options.rebuilds_pixels:
+            terms |= self._image_losses(batch["images"], maps, patches)
+        if weights["consistency"]:
+            terms["consistency"] = self._disagreement(batch, maps)
+        total = sum((weights[name] * term for name, term in terms.items()), maps.new_zeros(()))
+        logged = {name: term.detach() for name, term in terms.items()}
+        return total, {**logged, "smallest_share": self._watch.count(maps)}
+
+    def after_step(self, progress: float) -> None:
+        """Tell of parts that die."""
+        self._watch.after_step(progress)
 
     def _tokens(self, batch: Batch) -> Tokens:
         if "images" in batch:
             return self.encoder(batch["images"])  # type: ignore[no-any-return]
-        patches = batch["patches"]
-        # No learned variant looks at the attention.
-        return Tokens(batch["class_token"], patches, patches.new_zeros(len(patches), 1, 1))
+        return _cached(batch, "")
 
-    def _pixel_loss(self, images: Tensor, maps: Tensor, patches: Patches) -> Tensor:
+    def _image_losses(self, images: Tensor, maps: Tensor, patches: Patches) -> dict[str, Tensor]:
+        """What the rebuilt image lacks: pixels, and what the encoder sees in them."""
         assert self._learner.decoder is not None
         rebuilt = self._learner.decoder(maps, patches.style).float()
-        target = normalise(images, self.encoder.mean, self.encoder.std)
-        return F.mse_loss(rebuilt, F.adaptive_avg_pool2d(target, rebuilt.shape[2:]))
+        weights, terms = self._options.loss_weights, {}
+        if weights["pixels"]:
+            target = normalise(images, self.encoder.mean, self.encoder.std)
+            small = F.adaptive_avg_pool2d(target, rebuilt.shape[2:])
+            terms["pixels"] = F.mse_loss(rebuilt, small)
+        if weights["perceptual"]:
+            whole = F.interpolate(rebuilt, images.shape[1:3], mode="bilinear", align_corners=False)
+            seen = self._learner.standardised(self.encoder.features(whole))
+            terms["perceptual"] = F.mse_loss(seen, patches.features)
+        return terms
+
+    def _disagreement(self, batch: Batch, maps: Tensor) -> Tensor:
+        if "images" in batch:
+            view = look_again(self.encoder, batch["images"])
+        else:
+            view = SecondView(_cached(batch, "view_"), batch["view_frame"])
+        return disagreement(maps, self._learner(view.tokens, self._grid), view.frame)
 
     @torch.no_grad()
     def finish_epoch(self, epoch: int, run: Run) -> dict[str, float]:
@@ -146,13 +177,24 @@ class PartLearning(Task):
         colours = colours_of(shape.channels, None if shape.background == "none" else 0)
         pixels, ids = images.cpu().numpy(), labels.cpu().numpy()
         overlays = [overlay(image, part, colours) for image, part in zip(pixels, ids, strict=True)]
+        soft = [
+            soft_overlay(image, shares, colours)
+            for image, shares in zip(pixels, maps.float().cpu().numpy(), strict=True)
+        ]
         rebuilt = []
         if self._learner.decoder is not None:
             made = self._learner.decoder(maps, self._learner.patches(tokens).style).float()
             made = made * self.encoder.std.view(3, 1, 1) + self.encoder.mean.view(3, 1, 1)
             made = (made.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
             rebuilt = [list(made.cpu().numpy())]
-        return pairs_sheet(list(pixels), overlays, 8, 112, *rebuilt)
+        return pairs_sheet(list(pixels), overlays, 8, 112, soft, *rebuilt)
+
+
+def _cached(batch: Batch, view: str) -> Tokens:
+    """The tokens that `CachedTokens` gave."""
+    patches = batch[f"{view}patches"]
+    # No learned variant looks at the attention.
+    return Tokens(batch[f"{view}class_token"], patches, patches.new_zeros(len(patches), 1, 1))
 
 
 def _first_images(data: SquashedData, count: int) -> Tensor:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn import functional as F
 
 from ..pipeline.crops import squash
 from ..storage.files import atomic_file
@@ -65,6 +67,27 @@ def overlay(image: Pixels, labels: Pixels, colours: Pixels, strength: float = 0.
     tint = colours[np.where(known, full, 0)].astype(np.float32)
     mixed = image * (1 - strength) + tint * strength
     return np.where(known[..., None], mixed, image).round().astype(np.uint8)
+
+
+def soft_overlay(
+    image: Pixels, maps: NDArray[np.floating], colours: Pixels, strength: float = 0.6
+) -> Pixels:
+    """An image under the colours of its soft parts, each as opaque as its map is strong.
+
+    Args:
+        image: uint8 (H, W, 3).
+        maps: float (P, h, w), summing to 1 at each place; brought to the image bilinearly.
+        colours: uint8 (P, 3).
+        strength: Of the colours against the image where maps sum to 1, 0 to 1.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    given = torch.from_numpy(np.asarray(maps, dtype=np.float32))[None]
+    full = F.interpolate(given, image.shape[:2], mode="bilinear", align_corners=False)[0].numpy()
+    tint = np.einsum("phw,pc->hwc", full, colours.astype(np.float32))
+    mixed = image * (1 - strength * full.sum(axis=0)[..., None]) + strength * tint
+    return np.asarray(mixed.clip(0, 255).round().astype(np.uint8))
 
 
 def masked(image: Pixels, mask: NDArray[np.bool_], grid: tuple[int, int]) -> Pixels:

@@ -20,9 +20,19 @@ from ..pipeline.plan import Plan
 from ..pipeline.randomness import Purpose, streams
 from ..pipeline.sources import ImageReader, Split, list_images
 from ..pipeline.stored_images import store_images
+from ..storage.part_identity import StoreIdentity
 from ..storage.part_store import PartStore
 from .networks import open_autoencoder
-from .pictures import colours_of, enlarged, masked, overlay, pairs_sheet, save_picture, sheet
+from .pictures import (
+    colours_of,
+    enlarged,
+    masked,
+    overlay,
+    pairs_sheet,
+    save_picture,
+    sheet,
+    soft_overlay,
+)
 from .pretrain import PICTURED, reconstruction_picture
 
 SIDE = 128
@@ -88,8 +98,14 @@ def parts_info(path: Path) -> dict[str, Any]:
         "mean confidence": round(float(confidence.mean()), 3),
         "shards": f"{identity.shards} of {identity.shard_size} images",
         "label bytes an image": round(size / identity.images, 1),
-        "learner": identity.learner_hash[:12],
+        "made by": _origin(identity),
     }
+
+
+def _origin(identity: StoreIdentity) -> str:
+    """What the parts of a store come from, by the start of its hash."""
+    imported = "labels" in identity.preprocessing
+    return f"{'label images' if imported else 'learner'} {identity.learner_hash[:12]}"
 
 
 def _first_readable(
@@ -124,7 +140,10 @@ def _chosen(
 
 
 def show_parts(options: ShowPartsOptions) -> Path:
-    """Draw images of a store under the colours of their parts; returns the PNG's path."""
+    """Draw images of a store under the colours of their parts; returns the PNG's path.
+
+    Where the store keeps probabilities, the soft parts stand under the hard ones.
+    """
     store = PartStore.open(options.parts)
     indices, pixels = _chosen(store, options)
     labels = store.labels()
@@ -134,7 +153,14 @@ def show_parts(options: ShowPartsOptions) -> Path:
         overlay(image, np.asarray(labels[index]), colours)
         for image, index in zip(above, indices, strict=True)
     ]
-    save_picture(options.output, pairs_sheet(above, below, 8, SIDE))
+    soft = []
+    if store.identity.probabilities:
+        maps = store.probabilities()
+        soft = [
+            soft_overlay(image, np.asarray(maps[index]), colours)
+            for image, index in zip(above, indices, strict=True)
+        ]
+    save_picture(options.output, pairs_sheet(above, below, 8, SIDE, *([soft] if soft else [])))
     return options.output
 
 

@@ -33,7 +33,9 @@ META_SCHEMA = pa.schema(
         pa.field("error_code", pa.string()),
         pa.field("error_kind", pa.string()),
         pa.field("error", pa.string()),
-        pa.field("confidence", pa.float32()),  # mean over patches of best minus second-best part
+        # Mean over patches of best minus second-best part; of an imported map the share of a
+        # patch's pixels that have its label.
+        pa.field("confidence", pa.float32()),
         pa.field("part_areas", pa.list_(pa.float32())),  # share of the patches of each part
     ]
 )
@@ -66,23 +68,23 @@ class StoreIdentity:
     grid: tuple[int, int]
     """Rows and columns of a label map, in patches."""
     parts: int
-    """Channels of the learner, the background included if it has one; 1 to 255."""
+    """Part ids, the background included if there is one; 1 to 255."""
     background: int | None
     """Part id of the background; None without one."""
     image_size: tuple[int, int]
-    """Height and width in pixels fed to the learner: the whole image is squashed to it."""
+    """Height and width in pixels that the whole image, or its label image, is squashed to."""
     batch_size: int
-    """Images the learner sees at once; it may change the last bits of its output."""
+    """Images the learner sees at once, 1 if imported; it may change the last bits of its output."""
     dtype: str
-    """Precision that the learner ran in, such as ``"float32"``."""
+    """Precision that the learner ran in, such as ``"float32"``; ``"uint8"`` if imported."""
     device_type: str
-    """Device that the learner ran on, such as ``"cuda"``."""
+    """Device that the learner ran on, such as ``"cuda"``; ``"cpu"`` if imported."""
     plan_fingerprint: str
     """Fingerprint of the file plan."""
     learner_hash: str
-    """Hash of the learner's weights."""
+    """Hash of the learner's weights; of the label images if imported."""
     preprocessing: Mapping[str, Any]
-    """How an image becomes the learner's input: plain JSON."""
+    """How an image, or its label image, is brought to ``image_size``: plain JSON."""
     attention_heads: int = 0
     """Heads H of the class attention; 0: the store has no such array."""
     probabilities: bool = False

@@ -25,7 +25,10 @@ from .files import read_checked, read_json
 from .part_identity import VERSION, StoreIdentity
 from .part_shards import array_specs
 
-WAY_OUT = "run `semmae stage1 extract-parts` again with the same --output, which mends it"
+WAY_OUT = (
+    "run what made it, `semmae stage1 extract-parts` or `semmae parts import`, again with the same "
+    "--output, which mends it"
+)
 """How a user mends a store that is not complete; ends an error message."""
 
 
@@ -81,14 +84,14 @@ def read_set_up(path: Path) -> tuple[dict[str, Any], StoreIdentity]:
     """
     if not (path / "plan.json").is_file():
         raise MissingError(
-            f"{path} is no part store: there is no plan.json in it; name the folder that "
-            "`semmae stage1 extract-parts --output` wrote"
+            f"{path} is no part store: there is no plan.json in it; name the --output of "
+            "`semmae stage1 extract-parts` or `semmae parts import`"
         )
     plan = read_json(path / "plan.json")
     if plan.get("version") != VERSION:
         raise MismatchError(
             f"the part store {path} has format version {plan.get('version')}, this semmae reads "
-            f"version {VERSION}; extract the parts anew into another --output"
+            f"version {VERSION}; extract or import the parts anew into another --output"
         )
     return plan, StoreIdentity.from_record(plan["identity"])
 

@@ -14,6 +14,8 @@ from ..networks import checkpoint_hash
 from .knn import KnnOptions, measure_knn
 from .linear import LinearOptions, measure_linear
 from .parts import PartsOptions, measure_parts, parts_hash
+from .records import TRAINED
+from .seeds import means_over_seeds
 
 
 class Evaluation(NamedTuple):
@@ -40,7 +42,8 @@ def _linear(configuration: dict[str, Any], fingerprint: str) -> dict[str, float]
 
 
 def _parts(configuration: dict[str, Any], _: str) -> dict[str, float]:
-    paths = _with_paths(configuration, "learner", "parts", "labels", "output")
+    options = {name: value for name, value in configuration.items() if name != TRAINED}
+    paths = _with_paths(options, "learner", "parts", "labels", "output")
     return measure_parts(PartsOptions(**paths))
 
 
@@ -75,6 +78,21 @@ def results_tables(folder: Path) -> dict[str, pd.DataFrame]:
         shared = {name: record[name] for name in ("date", "checkpoint", "seed")}
         rows.setdefault(record["kind"], []).append({**shared, **record["metrics"]})
     return {kind: pd.DataFrame(found) for kind, found in rows.items()}
+
+
+def seed_means(folder: Path) -> pd.DataFrame:
+    """The part learners on record, those that differ in nothing but their seed as one row.
+
+    Args:
+        folder: Results folder.
+
+    Returns:
+        As `seeds.means_over_seeds`; empty where no learner is on record.
+
+    Raises:
+        MissingError: There are no results in the folder.
+    """
+    return means_over_seeds(read_results(folder))
 
 
 def newest_results(folder: Path) -> pd.DataFrame:

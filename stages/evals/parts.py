@@ -26,6 +26,7 @@ from .metrics import coherence, fixed_grid
 from .part_learners import drawn, measure_learner
 from .part_measures import Evidence, FoundParts, against, measured, prefixed
 from .records import keep_result, pinned
+from .seeds import training_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +205,10 @@ def evaluate_parts(options: PartsOptions) -> dict[str, float]:
     options = _decided(pinned(options))
     subject = str(options.parts if options.learner is None else options.learner)
     fingerprint = parts_hash(subject)
+    # Before the work: the run may be trained further, and its older checkpoints be pruned.
+    trained = None if options.learner is None else training_of(options.learner)
     metrics = measure_parts(options)
-    keep_result("parts", options, subject, fingerprint, metrics)
+    keep_result("parts", options, subject, fingerprint, metrics, trained)
     return metrics
 
 

@@ -18,6 +18,10 @@ from ...storage.results import write_result
 
 Options = TypeVar("Options")
 
+TRAINED = "trained"
+"""Key of a record's configuration under which stands what tells the measured learner from others:
+no option of the evaluation, and no part of running it again."""
+
 _PLACES = ("data", "output", "parts", "labels")
 
 
@@ -73,7 +77,7 @@ def record_of(
 
     Args:
         kind: ``knn``, ``linear`` or ``parts``.
-        configuration: Its options as plain data, of `pinned` ones.
+        configuration: Its options as plain data, of `pinned` ones; of a learner also `TRAINED`.
         checkpoint: The weight file, ``timm:<name>``, or the folder of a part store.
         checkpoint_hash: SHA-256, 64 hex digits.
         seed: Its seed.
@@ -98,7 +102,12 @@ def record_of(
 
 
 def keep_result(
-    kind: str, options: Any, checkpoint: str, checkpoint_hash: str, metrics: dict[str, float]
+    kind: str,
+    options: Any,
+    checkpoint: str,
+    checkpoint_hash: str,
+    metrics: dict[str, float],
+    trained: dict[str, Any] | None = None,
 ) -> Path:
     """Write the record of an evaluation into its results folder.
 
@@ -108,11 +117,14 @@ def keep_result(
         checkpoint: The weight file, ``timm:<name>``, or the folder of a part store.
         checkpoint_hash: SHA-256, 64 hex digits.
         metrics: Name to number.
+        trained: How the measured learner was trained, plain data; kept under `TRAINED` in the
+            configuration.
 
     Returns:
         The file of the record.
     """
-    record = record_of(
-        kind, plain_options(options), checkpoint, checkpoint_hash, options.seed, metrics
-    )
+    configuration = plain_options(options)
+    if trained is not None:
+        configuration[TRAINED] = trained
+    record = record_of(kind, configuration, checkpoint, checkpoint_hash, options.seed, metrics)
     return write_result(options.output, record)

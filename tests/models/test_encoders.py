@@ -90,6 +90,20 @@ def test_encoder__has_no_gradients_and_keeps_no_hooks() -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in encoder.modules())
 
 
+@pytest.mark.parametrize("kind", ["tokens", "keys"])
+def test_features__send_gradients_to_the_pixels_alone(kind: Facet) -> None:
+    plain, images = frozen(), random_images()
+    encoder = FrozenEncoder(plain.transformer, reading=Reading((1, -1), kind))
+    pixels = normalise(images, encoder.mean, encoder.std).requires_grad_()
+    tokens = encoder.features(pixels)
+    for name in ("class_token", "patches", "attention"):
+        assert torch.allclose(getattr(tokens, name), getattr(encoder(images), name), atol=1e-6)
+    tokens.patches.square().mean().backward()  # type: ignore[no-untyped-call]
+    assert pixels.grad is not None
+    assert (pixels.grad.abs().amax(dim=(1, 2, 3)) > 0).all()
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(64, 64), (16, 40), (40, 16)])
 def test_encoder__resamples_positions_for_other_sizes(size: tuple[int, int]) -> None:

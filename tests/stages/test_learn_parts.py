@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,12 @@ from semmae.stages.part_start import (
 from semmae.storage.checkpoints import load_checkpoint
 from semmae.storage.part_store import PartStore
 from semmae.tests.world import World, learn_options
+
+
+def last_line(run: Path) -> dict[str, float]:
+    """What the log of a run says of its last epoch."""
+    line: dict[str, float] = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    return line
 
 
 def test_vote_for_objects__finds_the_attended_middle() -> None:
@@ -67,10 +74,22 @@ def test_learn_parts__both_variants_train_and_open(
     torch.testing.assert_close(maps.sum(dim=1), torch.ones(2, 4, 4))
 
 
-def test_learn_parts__goes_on_to_the_same_weights(world: World, tmp_path: Path) -> None:
-    whole = load_checkpoint(learn_parts(learn_options(world, tmp_path / "whole", epochs=2)))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"consistency_weight": 1.0, "perceptual_weight": 1.0},
+        {"consistency_weight": 1.0, "cached_images": 72},
+    ],
+    ids=["plain", "all losses", "cached views"],
+)
+def test_learn_parts__goes_on_to_the_same_weights(
+    world: World, tmp_path: Path, settings: dict[str, float]
+) -> None:
+    options = learn_options(world, tmp_path / "whole", epochs=2, **settings)
+    whole = load_checkpoint(learn_parts(options))
     options = learn_options(
-        world, tmp_path / "cut", epochs=2, checkpoint_steps=1, keep_checkpoints=0
+        world, tmp_path / "cut", epochs=2, checkpoint_steps=1, keep_checkpoints=0, **settings
     )
     learn_parts(options)
     for path in sorted((tmp_path / "cut" / "checkpoints").iterdir())[3:]:
@@ -78,6 +97,9 @@ def test_learn_parts__goes_on_to_the_same_weights(world: World, tmp_path: Path) 
     again = load_checkpoint(learn_parts(options))
     for name, value in whole["model"].items():
         assert torch.equal(value, again["model"][name]), name
+    first, second = (last_line(tmp_path / name) for name in ("whole", "cut"))
+    for name in ("loss", "diversity", "features", "smallest_share", *settings):
+        assert first.get(name) == second.get(name), name
 
 
 def test_learn_parts__other_settings_in_the_same_folder_are_refused(
@@ -172,9 +194,33 @@ def test_learn_parts__cached_tokens_are_those_of_the_images(world: World, tmp_pa
     assert learn_parts(again) == cached
 
 
-def test_learn_parts__cached_tokens_cannot_rebuild_pixels(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["pixel_weight", "perceptual_weight"])
+def test_learn_parts__cached_tokens_cannot_rebuild_pixels(
+    world: World, tmp_path: Path, name: str
+) -> None:
     with pytest.raises(SettingError, match="--cached-images keeps tokens"):
-        learn_options(world, tmp_path, cached_images=4, pixel_weight=0.5)
+        learn_options(world, tmp_path, cached_images=4, **{name: 0.5})
+
+
+@pytest.mark.parametrize("settings", [{}, {"cached_images": 72}], ids=["images", "cached"])
+def test_learn_parts__consistency_is_a_loss(
+    world: World, tmp_path: Path, settings: dict[str, int]
+) -> None:
+    learn_parts(learn_options(world, tmp_path / "run", consistency_weight=1.0, **settings))
+    line = last_line(tmp_path / "run")
+    assert 0 < line["consistency"] < 1
+    listed = line["features"] + 0.1 * line["diversity"] + line["consistency"]
+    assert line["loss"] == pytest.approx(listed, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["perceptual_weight", "consistency_weight"])
+def test_learn_parts__baselines_refuse_weights_of_losses(
+    world: World, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(SettingError, match="--variant kmeans has nothing to train"):
+        learn_options(world, tmp_path, variant="kmeans", **{name: 0.5})
+    with pytest.raises(SettingError, match=f"--{name.replace('_', '-')} is -1"):
+        learn_options(world, tmp_path, **{name: -1.0})
 
 
 @pytest.mark.parametrize("by", ["area", "direction"])

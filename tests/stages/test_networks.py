@@ -1,4 +1,6 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from semmae.errors import SettingError
+from semmae.errors import MismatchError, SettingError
 from semmae.models.encoders import FrozenEncoder, timm_encoder
 from semmae.models.readings import DEFAULT_READING, Facet, Reading
 from semmae.stages.networks import (
@@ -17,6 +19,7 @@ from semmae.stages.networks import (
     parse_reading,
     save_encoder,
 )
+from semmae.storage.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from semmae.tests.world import World
 
 READING = Reading((1, -1), "keys", pooled=True)
@@ -103,6 +106,36 @@ def test_open_learner__its_encoder_reads_as_it_was_saved(world: World, tmp_path:
     trained = open_learner(tmp_path)
     assert trained.encoder.reading == Reading(pooled=True)
     assert trained.hash != before
+
+
+def _rewritten(world: World, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of the learner whose checkpoint was changed."""
+    step, path = checkpoints(world.learner)[-1]
+    state = load_checkpoint(path)
+    change(state)
+    save_checkpoint(folder, step, state)
+    (folder / ENCODER_FILE).write_bytes((world.learner / ENCODER_FILE).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["model"].popitem(),
+        lambda state: state["model"].update(of_an_older_version=torch.zeros(3)),
+        lambda state: state["model"].update(token_std=torch.zeros(3)),
+        lambda state: state["architecture"].update(of_a_later_version=1),
+        lambda state: state["architecture"].pop("width"),
+    ],
+)
+def test_open_learner__one_of_another_version_is_refused_in_one_sentence(
+    world: World, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    assert open_learner(_rewritten(world, tmp_path / "same", lambda state: None)).grid == (4, 4)
+    with pytest.raises(MismatchError, match=r"does not fit this semmae: .*learn-parts") as caught:
+        open_learner(_rewritten(world, tmp_path / "other", change))
+    assert str(tmp_path / "other") in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from PIL import Image
 from semmae.errors import MismatchError, SettingError
 from semmae.pipeline.sources import list_images
 from semmae.pipeline.stored_images import store_images
+from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
+from semmae.stages.import_parts import ImportPartsOptions, import_parts
 from semmae.stages.show import (
     ShowMasksOptions,
     ShowPartsOptions,
@@ -87,3 +89,31 @@ def test_parts_info__counts_images_and_parts(world: World) -> None:
     assert info["images"] == 72
     assert info["bad images"] == 0
     assert info["grid"] == "4 x 4"
+    assert info["made by"] == f"learner {PartStore.open(world.store).identity.learner_hash[:12]}"
+
+
+def test_parts_info__says_where_imported_parts_come_from(world: World, tmp_path: Path) -> None:
+    import_parts(
+        ImportPartsOptions(labels=world.labels, data=world.data, output=tmp_path / "store", grid=4)
+    )
+    assert str(parts_info(tmp_path / "store")["made by"]).startswith("label images ")
+
+
+def test_show_parts__draws_soft_parts_where_the_store_keeps_them(
+    world: World, tmp_path: Path
+) -> None:
+    extract_parts(
+        ExtractPartsOptions(
+            data=world.data, learner=world.learner, output=tmp_path / "store", probabilities=True
+        )
+    )
+    rows = {}
+    for name, store in (("hard", world.store), ("soft", tmp_path / "store")):
+        output = tmp_path / f"{name}.png"
+        show_parts(ShowPartsOptions(parts=store, data=world.data, output=output, images=8))
+        rows[name] = np.array(Image.open(output))
+    height = rows["hard"].shape[0]
+    assert height == 2 * 131 + 3
+    assert rows["soft"].shape[0] == 3 * 131 + 3
+    assert np.array_equal(rows["soft"][: height - 3], rows["hard"][: height - 3])
+    assert rows["soft"][height:-3].std() > 10

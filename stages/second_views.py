@@ -1,0 +1,108 @@
+"""A second look at each image, where the part learner is to find the same parts.
+
+Ours.  Parts of a crop, mirrored at times, must be those of the whole image at the same places:
+nothing else in the losses keeps a part from depending on where it lies in the picture.
+
+Legend of shapes: B images, H W pixels, P channels of the part map, h w patches.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models.encoders import FrozenEncoder, Tokens
+from ..pipeline.image_source import ImageSource, batches_in_order
+from ..pipeline.progress import Progress
+from ..pipeline.views import draw_view, meeting_places, patches_at
+
+SCALE = 0.4
+"""Least share of the image's area in a second view; the most is 1."""
+
+
+@dataclass(frozen=True)
+class SecondView:
+    """What an encoder makes of a view of each image of a batch.
+
+    Attributes:
+        tokens: Of the view.
+        frame: float32 (B, 2, 3), where the view was taken, as in `pipeline.views.View`.
+    """
+
+    tokens: Tokens
+    frame: Tensor
+
+
+@torch.no_grad()
+def look_again(encoder: FrozenEncoder, images: Tensor) -> SecondView:
+    """Encode a random crop of each image, mirrored by half, at the size of the whole image.
+
+    Args:
+        encoder: The frozen encoder.
+        images: uint8 (B, H, W, 3), RGB, on its device.  Randomness is torch's CPU generator.
+    """
+    pixels = images.permute(0, 3, 1, 2).float() / 255
+    view = draw_view(pixels, (images.shape[1], images.shape[2]), SCALE)
+    mean, std = encoder.mean.view(3, 1, 1), encoder.std.view(3, 1, 1)
+    return SecondView(encoder.features((view.pixels - mean) / std), view.frame)
+
+
+def disagreement(whole: Tensor, seen: Tensor, frame: Tensor) -> Tensor:
+    """How far the maps of views are from those of the whole images at the same places.
+
+    Args:
+        whole: (B, P, h, w), soft part maps of whole images, summing to 1 at each place.
+        seen: (B, P, h, w), of their views.
+        frame: (B, 2, 3), where the views were taken.
+
+    Returns:
+        A scalar, 0 to 1: half the summed squared difference, mean over the patches of the views;
+        1 where each is sure of another part.
+    """
+    grid = (whole.shape[2], whole.shape[3])
+    everything = torch.eye(2, 3, device=frame.device).expand_as(frame)
+    places, _ = meeting_places(frame, everything, grid)
+    there = patches_at(whole.flatten(2).transpose(1, 2), places, grid)
+    here = seen.flatten(2).transpose(1, 2)
+    return (there - here).square().sum(dim=2).mean() / 2
+
+
+def sample_views(
+    encoder: FrozenEncoder, images: ImageSource, size: tuple[int, int], count: int, seed: int
+) -> SecondView:
+    """One fixed second view of each image of `part_start.sample_tokens`, in its order, on the CPU.
+
+    Args:
+        encoder: The frozen encoder.
+        images: The data.
+        size: (H, W) that images are squashed to.
+        count: Images, at most.
+        seed: Of their choice and of the views.
+
+    Returns:
+        Patch tokens in float16, the class token in float32; no attention.
+    """
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:count])
+    made: list[SecondView] = []
+    with torch.random.fork_rng(devices=[]), Progress("views", len(chosen), "image") as progress:
+        torch.default_generator.manual_seed(seed)
+        for _, pixels in batches_in_order(images, size, 64, "squash", chosen):
+            view = look_again(encoder, torch.from_numpy(pixels).to(encoder.mean.device))
+            made.append(_kept(view))
+            progress.update(len(pixels))
+    return SecondView(
+        Tokens(
+            torch.cat([view.tokens.class_token for view in made]),
+            torch.cat([view.tokens.patches for view in made]),
+            torch.cat([view.tokens.attention for view in made]),
+        ),
+        torch.cat([view.frame for view in made]),
+    )
+
+
+def _kept(view: SecondView) -> SecondView:
+    tokens = view.tokens
+    unread = tokens.attention.new_zeros(len(tokens.patches), 1, 1)  # learned variants read none
+    kept = Tokens(tokens.class_token.float().cpu(), tokens.patches.half().cpu(), unread.cpu())
+    return SecondView(kept, view.frame.cpu())

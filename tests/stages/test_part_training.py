@@ -1,0 +1,128 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from semmae.models.part_scores import AnchoredTokens
+from semmae.models.parts import PartLearner
+from semmae.models.vision import normalise
+from semmae.pipeline.feeding import Batch
+from semmae.pipeline.image_source import ImageSource
+from semmae.pipeline.loaders import SquashedData
+from semmae.pipeline.schedule import Draw
+from semmae.pipeline.sources import list_images
+from semmae.stages.learn_parts import LearnPartsOptions
+from semmae.stages.networks import open_encoder
+from semmae.stages.part_start import sample_tokens, started_learner
+from semmae.stages.part_training import PartLearning
+from semmae.tests.world import World, learn_options
+
+
+def task_of(world: World, options: LearnPartsOptions) -> PartLearning:
+    """What `learn_parts` would train, at its start."""
+    encoder = open_encoder(options.encoder)
+    images = ImageSource(list_images(world.data, "train"))
+    tokens = sample_tokens(encoder, images, (32, 32), options.sample_images, options.seed)
+    data = SquashedData(images, (32, 32))
+    learner = started_learner(tokens, (4, 4), options)
+    return PartLearning(encoder, learner, data, data, options, (32, 32))
+
+
+def anchors_of(task: PartLearning) -> torch.nn.Parameter:
+    assert isinstance(task.model, PartLearner)
+    assert isinstance(task.model.scores, AnchoredTokens)
+    return task.model.scores.anchors
+
+
+def batch_of(task: PartLearning, count: int = 8) -> Batch:
+    return task.data.__getitems__([Draw(index, 0, 0.0) for index in range(count)])
+
+
+@pytest.mark.parametrize(("pixels", "perceptual"), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_loss__rebuilds_pixels_where_a_weight_asks_for_it(
+    world: World, tmp_path: Path, pixels: float, perceptual: float
+) -> None:
+    weights = {"pixel_weight": pixels, "perceptual_weight": perceptual}
+    task = task_of(world, learn_options(world, tmp_path, diversity_weight=0.5, **weights))
+    assert (task.model.decoder is not None) == (pixels + perceptual > 0)
+    loss, terms = task.loss(batch_of(task))
+    assert ("pixels" in terms) == (pixels > 0)
+    assert ("perceptual" in terms) == (perceptual > 0)
+    listed = {"features": 1.0, "diversity": 0.5, "pixels": pixels, "perceptual": perceptual}
+    wanted = sum(weight * float(terms[name]) for name, weight in listed.items() if weight)
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_loss__perceptual_gradients_reach_the_decoder_and_not_the_encoder(
+    world: World, tmp_path: Path
+) -> None:
+    weights = {"feature_weight": 0.0, "pixel_weight": 0.0, "diversity_weight": 0.0}
+    options = learn_options(world, tmp_path, variant="paper", perceptual_weight=1.0, **weights)
+    task = task_of(world, options)
+    loss, _ = task.loss(batch_of(task))
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad for name, p in task.model.named_parameters()}
+    for name in ("decoder.to_pixels.weight", "decoder.first.convolution.weight"):
+        gradient = gradients[name]
+        assert gradient is not None, name
+        assert gradient.abs().sum() > 0, name
+    assert any(g is not None and g.abs().sum() > 0 for n, g in gradients.items() if "scores" in n)
+    assert all(parameter.grad is None for parameter in task.encoder.parameters())
+    before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+    rate = torch.optim.Adam(task.model.parameters(), lr=1e-2)
+    first = loss.item()
+    for _ in range(15):
+        rate.zero_grad()
+        loss, _ = task.loss(batch_of(task))
+        loss.backward()  # type: ignore[no-untyped-call]
+        rate.step()
+    assert loss.item() < 0.9 * first
+    assert any(not torch.equal(before[n], p) for n, p in task.model.named_parameters())
+
+
+def test_loss__perceptual_is_0_for_an_image_that_is_rebuilt(world: World, tmp_path: Path) -> None:
+    task = task_of(world, learn_options(world, tmp_path, perceptual_weight=1.0))
+    batch = batch_of(task)
+    # Images that survive being brought to 4 pixels a patch and back: of one colour.
+    batch["images"] = batch["images"][:, :1, :1].expand(-1, 32, 32, -1).contiguous()
+    pixels = normalise(batch["images"], task.encoder.mean, task.encoder.std)
+    task.model.decoder.forward = lambda maps, style: pixels[:, :, ::2, ::2]  # type: ignore
+    assert float(task.loss(batch)[1]["perceptual"]) == pytest.approx(0, abs=1e-6)
+    task.model.decoder.forward = lambda maps, style: -pixels[:, :, ::2, ::2]  # type: ignore
+    assert float(task.loss(batch)[1]["perceptual"]) > 0.01
+
+
+def test_loss__gradients_of_consistency_flow(world: World, tmp_path: Path) -> None:
+    weights = {"feature_weight": 1e-30, "diversity_weight": 0.0, "consistency_weight": 1.0}
+    task = task_of(world, learn_options(world, tmp_path, **weights))
+    loss, terms = task.loss(batch_of(task))
+    assert loss.item() == pytest.approx(float(terms["consistency"]))
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradient = anchors_of(task).grad
+    assert gradient is not None
+    assert gradient.abs().max() > 1e-6
+
+
+def test_learning__tells_of_a_part_that_dies(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = learn_options(world, tmp_path, class_share=0.0, background="none", log_steps=10)
+    task, shares = task_of(world, options), []
+    batch = batch_of(task)
+    capsys.readouterr()
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            shares.append(float(task.loss(batch)[1]["smallest_share"]))
+            task.after_step(0.25)
+
+    steps(60)
+    assert capsys.readouterr().err == ""
+    assert shares[-1] > 0
+    with torch.no_grad():  # the same token as part 0, which ties go to
+        anchors_of(task)[2] = anchors_of(task)[0]
+    steps(340)
+    assert shares[-1] == 0
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith("part 2 owns")
