@@ -18,7 +18,5 @@ from pathlib import Path
 
 from semmae.stages.networks import open_encoder, save_encoder
 
-encoder = open_encoder(sys.argv[1])
-encoder.name = "creature encoder"
-save_encoder(encoder.half(), Path(sys.argv[2]))
+save_encoder(open_encoder(sys.argv[1]).half(), Path(sys.argv[2]))
 PYTHON

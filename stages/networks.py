@@ -1,6 +1,5 @@
 """Networks from what users name: ``--encoder``, ``--checkpoint``, ``--learner``."""
 
-import contextlib
 import hashlib
 import json
 import re
@@ -8,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..errors import MismatchError, MissingError, SettingError
 from ..models.autoencoder import Architecture, MaskedAutoencoder
@@ -56,44 +55,40 @@ def _encoder_of(state: dict[str, Any], name: str, reading: Reading | None = None
         prefix = "teacher." if taught else "student."
         own = {k: v for k, v in state["model"].items() if k.startswith(prefix)}
         state = {**state, "model": {k.removeprefix(prefix): v for k, v in own.items()}}
-    if reading is None:
-        record = _record_in(state.get("reading"), {"blocks", "kind", "pooled"})
-        kept = record and Reading(tuple(record["blocks"]), record["kind"], record["pooled"])
-        reading = kept or DEFAULT_READING
-    if isinstance(state.get("architecture"), str):  # the metadata of a safetensors file
-        shape = _record_in(state["architecture"], {"heads", "image_size"})
-        state = {**state, "architecture": shape}
-    if "timm" in state:
-        encoder = timm_encoder(state["timm"], pretrained=False, reading=reading)
+    record = _record_in(state)
+    if reading is None and record:
+        read = record["reading"]
+        reading = Reading(tuple(read["blocks"]), read["kind"], read["pooled"])
+    reading = reading or DEFAULT_READING
+    if record.get("timm"):
+        encoder = timm_encoder(record["timm"], pretrained=False, reading=reading)
         encoder.transformer.load_state_dict(state["model"])
         encoder.name = name
         return encoder
-    return build_encoder(state, name, reading=reading)
+    return build_encoder({**state, **record}, name, reading=reading)
 
 
-def _record_in(metadata: object, keys: set[str]) -> dict[str, Any] | None:
-    """What `save_encoder` wrote as metadata; None for what others keep under the same name."""
-    with contextlib.suppress(ValueError):
-        record = json.loads(metadata) if isinstance(metadata, str) else None
-        if isinstance(record, dict) and keys <= record.keys():
-            return record
-    return None
+RECORD = "semmae"
+"""Key of the metadata of an encoder's file.  One key: safetensors writes several in an order that
+changes from save to save, and equal encoders shall have equal files."""
+
+
+def _record_in(state: dict[str, Any]) -> dict[str, Any]:
+    """What `save_encoder` wrote beside the tensors; empty for files of others."""
+    return json.loads(state[RECORD]) if RECORD in state else {}
 
 
 def save_encoder(encoder: FrozenEncoder, path: Path) -> None:
     """Write an encoder so that `open_encoder` gives the same one back, read the same way."""
-    architecture = {"heads": encoder.heads, "image_size": encoder.native_size}
-    metadata = {
-        "architecture": json.dumps(architecture),
-        "name": encoder.name,
-        "reading": json.dumps(asdict(encoder.reading)),
+    record = {
+        "architecture": {"heads": encoder.heads, "image_size": encoder.native_size},
+        "reading": asdict(encoder.reading),
+        "timm": encoder.timm_name,
     }
-    # Not the name: an encoder opened from such a file is called by its path, and is timm's still.
-    if encoder.timm_name:
-        metadata["timm"] = encoder.timm_name
     tensors = {name: t.contiguous() for name, t in encoder.transformer.state_dict().items()}
     with atomic_file(path) as partial:
-        save_file(tensors, str(partial), metadata)
+        # Its own save_file lets nobody else read the file.
+        partial.write_bytes(save(tensors, {RECORD: json.dumps(record, sort_keys=True)}))
 
 
 def checkpoint_hash(named: str) -> str:

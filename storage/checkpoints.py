@@ -157,6 +157,12 @@ def _state_of(path: Path) -> object:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """SHA-256 of a file, hexadecimal.
+
+    Raises:
+        MissingError: There is no such file.
+    """
+    if not path.is_file():
+        raise MissingError(f"no file at {path}")
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

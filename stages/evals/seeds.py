@@ -1,16 +1,14 @@
 """What a record tells of the learner it measured, and means over the seeds learners came from."""
 
-import hashlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from ...pipeline.options import FREE_ON_RESUME
-from ...storage.checkpoints import load_checkpoint
+from ...storage.checkpoints import file_hash, load_checkpoint
 from ..networks import ENCODER_FILE
 from .records import TRAINED
 
@@ -27,10 +25,9 @@ def training_of(checkpoint: Path) -> dict[str, Any]:
         checkpoint: Its file, in the folder of its ``learn-parts`` run.
 
     Returns:
-        Plain JSON: ``variant``, ``seed`` (of its training), ``encoder_hash`` (see
-        `encoder_hash`), ``steps`` done, ``train_data`` (fingerprint of the images it was
-        trained on) and ``options``, the other settings of its training that its weights follow
-        from.
+        Plain JSON: ``variant``, ``seed`` (of its training), ``encoder_hash`` (of its file),
+        ``steps`` done, ``train_data`` (fingerprint of the images it was trained on) and
+        ``options``, the other settings of its training that its weights follow from.
 
     Raises:
         MissingError: The learner or its encoder is not there.
@@ -42,37 +39,11 @@ def training_of(checkpoint: Path) -> dict[str, Any]:
     return {
         "variant": told["variant"],
         "seed": told["seed"],
-        "encoder_hash": encoder_hash(checkpoint.parent.parent / ENCODER_FILE),
+        "encoder_hash": file_hash(checkpoint.parent.parent / ENCODER_FILE),
         "steps": state["step"],
         "train_data": state["data"],
         "options": {name: value for name, value in told.items() if name not in apart},
     }
-
-
-def encoder_hash(path: Path) -> str:
-    """SHA-256 of a learner's frozen encoder: its tensors, and how it is read.
-
-    Not of the file: safetensors writes metadata in an order that changes from save to save, so
-    that two learners of one encoder have two files.
-
-    Args:
-        path: What `networks.save_encoder` wrote.
-
-    Returns:
-        64 hex digits.
-
-    Raises:
-        MissingError: There is no such file.
-        DamageError: It cannot be read.
-    """
-    state = load_checkpoint(path)
-    tensors: dict[str, torch.Tensor] = state.pop("model")
-    state.pop("name", None)  # what the user called it, such as a path
-    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def means_over_seeds(records: list[dict[str, Any]]) -> pd.DataFrame:

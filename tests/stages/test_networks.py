@@ -201,3 +201,14 @@ def test_image_size_of__gives_the_grid_of_a_patch_16_encoder(
 ) -> None:
     height, width = image_size_of(option, (224, 224), 16)
     assert (height // 16, width // 16) == grid
+
+
+def test_save_encoder__equal_encoders_have_equal_files(tmp_path: Path, world: World) -> None:
+    first, second = tmp_path / "a.safetensors", tmp_path / "elsewhere" / "b.safetensors"
+    second.parent.mkdir()
+    for _ in range(8):
+        save_encoder(open_encoder(str(world.encoder)), first)
+        save_encoder(open_encoder(str(first)), second)
+        assert first.read_bytes() == second.read_bytes()
+    save_encoder(open_encoder(str(world.encoder), Reading((-2,))), second)
+    assert first.read_bytes() != second.read_bytes()

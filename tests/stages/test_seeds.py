@@ -1,24 +1,19 @@
-import hashlib
 import math
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from semmae import cli
 from semmae.errors import MissingError
 from semmae.stages.evals.history import rerun, seed_means
 from semmae.stages.evals.parts import PartsOptions, evaluate_parts
 from semmae.stages.evals.records import TRAINED, record_of
-from semmae.stages.evals.seeds import encoder_hash, means_over_seeds, shown_means, training_of
+from semmae.stages.evals.seeds import means_over_seeds, shown_means, training_of
 from semmae.stages.learn_parts import learn_parts
-from semmae.stages.networks import open_encoder, save_encoder
 from semmae.storage.results import read_results
 from semmae.tests.world import World, learn_options
 
@@ -142,43 +137,6 @@ def test_shown_means__mean_and_spread_stand_in_one_column() -> None:
     assert shown["nmi"].tolist() == ["50.4 ± 0.7", "7.0"]
     assert shown["grid.nmi"].tolist() == ["-", "1.0 ± 0.0"]
     assert shown["seeds"].tolist() == [3, 1]
-
-
-def test_encoder_hash__follows_tensors_and_reading_and_not_the_file(
-    world: World, tmp_path: Path
-) -> None:
-    place = tmp_path / "encoder.safetensors"
-    files, hashes = set(), set()
-    for name in "abcdefgh":  # metadata come in any order
-        encoder = open_encoder(str(world.encoder))
-        encoder.name = name
-        save_encoder(encoder, place)
-        files.add(hashlib.sha256(place.read_bytes()).hexdigest())
-        hashes.add(encoder_hash(place))
-    assert len(files) == 8
-    assert len(hashes) == 1
-    encoder.reading = replace(encoder.reading, blocks=(-2,))
-    save_encoder(encoder, place)
-    other_reading = encoder_hash(place)
-    encoder = open_encoder(str(world.encoder))
-    with torch.no_grad():
-        next(encoder.transformer.parameters()).flatten()[0] += 1
-    save_encoder(encoder, place)
-    assert len({*hashes, other_reading, encoder_hash(place)}) == 3
-
-
-def test_encoder_hash__tells_shapes_and_types_apart(tmp_path: Path) -> None:
-    place, hashes = tmp_path / "encoder.safetensors", set()
-    for tensor in (
-        torch.zeros(4),
-        torch.zeros(2, 2),
-        torch.zeros(4, dtype=torch.int32),
-        torch.zeros(8, dtype=torch.bfloat16),
-        torch.tensor(0.0),
-    ):
-        save_file({"weight": tensor}, place)
-        hashes.add(encoder_hash(place))
-    assert len(hashes) == 5
 
 
 @pytest.fixture(scope="module")
