@@ -44,6 +44,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "diversity 0": {"diversity_weight": 0.0},
     "blur 0": {"blur": 0.0},
     "blur 1.2": {"blur": 1.2},
+    "clusters 64": {"clusters": 64},
+    "clusters 128": {"clusters": 128},
     "temperature 0.05": {"temperature": 0.05},
     "temperature 0.2": {"temperature": 0.2},
     "positions kept": {"positions": "keep"},

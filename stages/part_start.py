@@ -29,6 +29,13 @@ OBJECT_SHARE = (0.1, 0.6)
 found something else, and parts are learned without it."""
 
 
+LEAST_AGREEMENT = 0.3
+"""Least correlation, over clusters, of attention and absence from the border, for both to vote."""
+
+AWAY_FROM_BORDER = 0.8
+"""Share of a cluster's patches on the border, over that of all patches, below which the border
+alone calls it object."""
+
 POSITION_SHARE = 0.5
 """Share of the tokens' variance that place may explain before parts would be places."""
 
@@ -72,7 +79,9 @@ def vote_for_objects(
     """Which clusters of patch tokens are object, without labels.
 
     Ours.  A cluster is object if the class token attends to it more than to the average patch by
-    more than it lies on the border of the image more than the average patch does.
+    more than it lies on the border of the image more than the average patch does.  Where the
+    attended clusters are not those away from the border, as with a class token that was never
+    trained, the border alone votes.
 
     Args:
         assigned: Cluster of each patch, (B, L).
@@ -90,7 +99,23 @@ def vote_for_objects(
     attended = np.bincount(assigned.ravel(), relative.ravel(), clusters) / counts
     at_border = np.broadcast_to(border, assigned.shape).ravel()
     bordering = np.bincount(assigned.ravel(), at_border, clusters) / counts / border.mean()
-    return np.asarray(attended > bordering)
+    if _correlation(attended, bordering, counts) < -LEAST_AGREEMENT:
+        return np.asarray(attended > bordering)
+    print(
+        "the class token's attention has nothing to do with what lies away from the border: the "
+        "border alone votes for the background",
+        file=sys.stderr,
+    )
+    return np.asarray(bordering < AWAY_FROM_BORDER)
+
+
+def _correlation(
+    first: NDArray[np.float64], second: NDArray[np.float64], weights: NDArray[np.integer]
+) -> float:
+    """Of two figures of each cluster, weighted; 0 where one does not vary."""
+    covariance = np.cov(first, second, aweights=weights)
+    spread = float(np.sqrt(covariance[0, 0] * covariance[1, 1]))
+    return float(covariance[0, 1]) / spread if spread else 0.0
 
 
 def started_learner(

@@ -40,6 +40,21 @@ def test_vote_for_objects__finds_the_attended_middle() -> None:
     assert vote_for_objects(assigned, attention, (4, 4), 2).tolist() == [False, True]
 
 
+def test_vote_for_objects__goes_by_the_border_where_attention_knows_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = np.broadcast_to(np.arange(64) // 8, (5, 64)).astype(np.int64)
+    # Each row is a cluster: the first and last lie on the border, the others by a quarter.
+    knowing = np.where((rows >= 2) & (rows <= 4), 0.03, 0.001).astype(np.float32)
+    wanted = [False, False, True, True, True, False, False, False]
+    assert vote_for_objects(rows, knowing, (8, 8), 8).tolist() == wanted
+    assert not capsys.readouterr().err
+    ignorant = np.where(rows == 0, 0.03, 0.001).astype(np.float32)
+    wanted = [False, True, True, True, True, True, True, False]
+    assert vote_for_objects(rows, ignorant, (8, 8), 8).tolist() == wanted
+    assert "the border alone votes" in capsys.readouterr().err
+
+
 def test_started_learner__anchors_lie_on_the_clusters_of_the_data(
     world: World, tmp_path: Path
 ) -> None:
