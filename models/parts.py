@@ -74,7 +74,7 @@ class PartArchitecture:
     parts: int = 6
     variant: Variant = "anchored"
     background: Literal["voted", "token", "none"] = "voted"
-    clusters: int = 24
+    clusters: int = 128
     class_share: float = 0.2
     temperature: float = 0.1
     blur: float = 0.7

@@ -51,7 +51,7 @@ class LearnPartsOptions(TrainingOptions):
         "How the background is set apart; auto: a part token if paper, none for attention and "
         "grid, voted otherwise.",
     ] = "auto"
-    clusters: Annotated[int, "Clusters of patch tokens that vote for the background."] = 24
+    clusters: Annotated[int, "Clusters of patch tokens that vote for the background."] = 128
     positions: Annotated[
         Literal["auto", "keep", "remove"],
         "The mean token of each place: remove it, or keep it; auto: remove where place explains "
