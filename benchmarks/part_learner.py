@@ -20,12 +20,12 @@ import torch
 
 from semmae.models.encoders import FrozenEncoder
 from semmae.models.parts import LEARNED, PartLearner
-from semmae.pipeline.image_source import ImageSource
+from semmae.pipeline.image_source import ImageSource, drawn
 from semmae.pipeline.loaders import SquashedData
 from semmae.pipeline.schedule import Draw
 from semmae.pipeline.sources import Split, list_images
 from semmae.stages.evals.part_baselines import BASELINES, Baseline, beside
-from semmae.stages.evals.part_learners import drawn, evidence_of, parts_of
+from semmae.stages.evals.part_learners import evidence_of, parts_of
 from semmae.stages.evals.part_measures import Evidence, measured
 from semmae.stages.evals.part_probe import probe_parts
 from semmae.stages.evals.part_views import EncodedViews, View, encoded_views, joined

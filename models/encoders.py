@@ -5,7 +5,7 @@ Legend of shapes: B images, L patches, D width, A attention heads, p patch size.
 
 import copy
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,19 @@ class Tokens:
     class_token: Tensor
     patches: Tensor
     attention: Tensor
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Tokens":
+        """One change to all three, such as a move or a choice of images."""
+        return Tokens(change(self.class_token), change(self.patches), change(self.attention))
+
+    @classmethod
+    def joined(cls, batches: Sequence["Tokens"]) -> "Tokens":
+        """Batches as one."""
+        return cls(
+            torch.cat([tokens.class_token for tokens in batches]),
+            torch.cat([tokens.patches for tokens in batches]),
+            torch.cat([tokens.attention for tokens in batches]),
+        )
 
 
 class FrozenEncoder(nn.Module):

@@ -23,7 +23,16 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     Returns:
         float32 (B, 3, H, W).
     """
-    pixels = images.permute(0, 3, 1, 2).float() / 255.0
+    return normalise_pixels(scaled(images), mean, std)
+
+
+def scaled(images: Tensor) -> Tensor:
+    """Images uint8 (B, H, W, 3) as float32 (B, 3, H, W) in [0, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 255.0
+
+
+def normalise_pixels(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """`normalise` for pixels that are `scaled` already, (B, 3, H, W)."""
     return (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 

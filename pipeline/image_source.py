@@ -99,6 +99,11 @@ class ImageSource:
         return str(self.plan.table["key"][int(self.rows[position])])
 
 
+def drawn(count: int, wanted: int, seed: int) -> NDArray[np.int64]:
+    """Positions of ``wanted`` of ``count`` images, or of all, drawn by the seed, in order."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
+
+
 Geometry = Literal["squash", "center"]
 """How an evaluation sees an image: whole, or its centre."""
 

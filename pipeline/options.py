@@ -108,6 +108,12 @@ FREE_ON_RESUME = frozenset(
 and part store are compared by fingerprint, so they may have moved)."""
 
 
+def training_settings(options: object) -> dict[str, Any]:
+    """The fields of `TrainingOptions` that the options of a command have."""
+    names = [field.name for field in fields(TrainingOptions)]
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
+
+
 def plain_options(options: object) -> dict[str, Any]:
     """The fields of an options dataclass as plain JSON data."""
     return {

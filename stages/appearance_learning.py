@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from ..models.appearance import FEATURES, AppearanceModel, appearances, palette_of
 from ..models.distillation import encoded, kept_patches
 from ..models.encoders import FrozenEncoder
+from ..models.vision import scaled
 from ..pipeline.feeding import Batch
 from ..pipeline.loaders import SquashedData
 from ..pipeline.schedule import Draw
-from ..pipeline.tasks import Task
-from ..pipeline.views import draw_view, recoloured_regions
+from ..pipeline.views import recoloured_regions
+from .encoder_learning import EncoderLearning
 
 if TYPE_CHECKING:
     from .learn_encoder import LearnEncoderOptions
@@ -27,7 +28,7 @@ WORD_IMAGES = 1000
 """Images whose patches the appearances are clustered from."""
 
 
-class PredictingAppearances(Task):
+class PredictingAppearances(EncoderLearning):
     """Prediction of appearances, as the trainer sees it.
 
     Args:
@@ -37,8 +38,6 @@ class PredictingAppearances(Task):
         options: The settings.
     """
 
-    kind = "encoder"
-
     def __init__(
         self,
         start: FrozenEncoder,
@@ -46,32 +45,19 @@ class PredictingAppearances(Task):
         words: Tensor,
         options: "LearnEncoderOptions",
     ) -> None:
-        torch.manual_seed(options.seed)
-        transformer = start.transformer.requires_grad_(True)
-        self.model = self._model = AppearanceModel(transformer, words)
-        self.data, self._options = data, options
-        self._mean, self._std = start.mean.view(3, 1, 1), start.std.view(3, 1, 1)
-        self.architecture = start.shape_record() | {"prototypes": options.prototypes}
-        across = options.side_of_view // start.patch_size
-        self._grid = across, across
-
-    def place(self, device: torch.device) -> None:
-        """Move the networks, and what normalises views."""
-        super().place(device)
-        self._mean, self._std = self._mean.to(device), self._std.to(device)
+        super().__init__(start, data, options)
+        self.model = self._model = AppearanceModel(start.transformer, words)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy of the true appearances of the patches that the encoder sees."""
         model, options = self._model, self._options
-        images = batch["images"].permute(0, 3, 1, 2).float() / 255
-        seen, other = (
-            draw_view(images, options.side_of_view, options.view_scale) for _ in range(2)
-        )
+        images = scaled(batch["images"])
+        seen, other = self._view(images), self._view(images)
         # The palette is another crop's, so that it cannot tell this one's places.
         palette = palette_of(model.words_of(other.pixels), options.prototypes, self._grid)
         kept = kept_patches(len(images), self._grid, options.kept_share).to(images.device)
         true = model.words_of(seen.pixels).gather(1, kept)
-        pixels = (recoloured_regions(seen.pixels, CELLS) - self._mean) / self._std
+        pixels = self._normalised(recoloured_regions(seen.pixels, CELLS))
         scores = model.scores(encoded(model.student, pixels, kept)[:, 1:], palette)
         found = scores.float().flatten(0, 1)
         right = (found.argmax(dim=1) == true.flatten()).float().mean()
@@ -84,8 +70,7 @@ def appearance_words(data: SquashedData, patch_size: int, count: int, seed: int)
     patches = np.zeros((0, FEATURES), dtype=np.float32)
     for first in range(0, len(chosen), 64):
         draws = [Draw(int(index), 0, 0.0) for index in chosen[first : first + 64]]
-        images = data.__getitems__(draws)["images"].permute(0, 3, 1, 2).float() / 255
-        found = appearances(images, patch_size).flatten(0, 1)
+        found = appearances(scaled(data.__getitems__(draws)["images"]), patch_size).flatten(0, 1)
         patches = np.concatenate([patches, found[:: max(len(found) // 1800, 1)].numpy()])
     kmeans = KMeans(count, n_init=1, random_state=seed).fit(patches)
     return torch.from_numpy(kmeans.cluster_centers_).float()

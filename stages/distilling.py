@@ -21,10 +21,11 @@ from torch.nn import functional as F
 from ..errors import MissingError
 from ..models.distillation import Distillation, encoded, kept_patches
 from ..models.encoders import FrozenEncoder
+from ..models.vision import scaled
 from ..pipeline.feeding import Batch
 from ..pipeline.loaders import SquashedData
-from ..pipeline.tasks import Task
-from ..pipeline.views import View, draw_view, meeting_places, patches_at, recoloured
+from ..pipeline.views import View, meeting_places, patches_at, recoloured
+from .encoder_learning import EncoderLearning
 
 try:
     from lightly.loss.swav_loss import sinkhorn
@@ -48,7 +49,7 @@ HEAD_WIDTH = 256
 """Of the heads' hidden layers; they end in a quarter of it."""
 
 
-class Distilling(Task):
+class Distilling(EncoderLearning):
     """Self-distillation, as the trainer sees it.
 
     Args:
@@ -57,32 +58,19 @@ class Distilling(Task):
         options: The settings.
     """
 
-    kind = "encoder"
-
     def __init__(
         self, start: FrozenEncoder, data: SquashedData, options: "LearnEncoderOptions"
     ) -> None:
-        transformer = start.transformer.requires_grad_(True)
-        torch.manual_seed(options.seed)
+        super().__init__(start, data, options)
         self.model = self._model = Distillation(
-            transformer, lambda: _prototype_head(start.width, options.prototypes)
+            start.transformer, lambda: _prototype_head(start.width, options.prototypes)
         )
-        self.data, self._options = data, options
-        self._mean, self._std = start.mean.view(3, 1, 1), start.std.view(3, 1, 1)
-        self.architecture = start.shape_record() | {"prototypes": options.prototypes}
-        across = options.side_of_view // start.patch_size
-        self._grid = across, across
-
-    def place(self, device: torch.device) -> None:
-        """Move the networks, and what normalises views."""
-        super().place(device)
-        self._mean, self._std = self._mean.to(device), self._std.to(device)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy between the teacher's prototypes and the student's, place by place."""
         model, grid = self._model, self._grid
-        images = batch["images"].permute(0, 3, 1, 2).float() / 255
-        seen, other = (self._view(images) for _ in range(2))
+        images = scaled(batch["images"])
+        seen, other = self._view(images), self._view(images)
         kept = kept_patches(len(images), grid, self._options.kept_share).to(images.device)
         places, inside = meeting_places(seen.frame, other.frame, grid)
         places = places.gather(1, kept[..., None].expand(-1, -1, 2))
@@ -98,9 +86,8 @@ class Distilling(Task):
         return loss, {"prototypes": _in_use(targets)}
 
     def _view(self, images: Tensor) -> View:
-        view = draw_view(images, self._options.side_of_view, self._options.view_scale)
-        pixels = recoloured(view.pixels, 1.0)
-        return View((pixels - self._mean) / self._std, view.frame)
+        view = super()._view(images)
+        return View(self._normalised(recoloured(view.pixels, 1.0)), view.frame)
 
     def after_step(self, progress: float) -> None:
         """The teacher follows, ever more slowly."""

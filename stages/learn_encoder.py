@@ -4,7 +4,7 @@ A small budget goes furthest in steps (docs/log.md): masked autoencoding (`stage
 the prediction of appearances, or self-distillation, or one after the other by ``--start``.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +16,7 @@ from ..models.encoders import FrozenEncoder
 from ..models.vision import sincos_positions
 from ..pipeline.image_source import ImageSource
 from ..pipeline.loaders import SquashedData
-from ..pipeline.options import TrainingOptions, require
+from ..pipeline.options import TrainingOptions, require, training_settings
 from ..pipeline.sources import Split, list_images
 from ..pipeline.tasks import Task
 from ..pipeline.training import fit, refuse_foreign_folder
@@ -115,14 +115,13 @@ def _task(start: FrozenEncoder, images: ImageSource, options: LearnEncoderOption
 
 def _pretrained(options: LearnEncoderOptions) -> Path:
     """The masked autoencoder that distillation starts from, in a folder beside the output."""
-    shared = {field.name for field in fields(TrainingOptions)} - {"output", "clip_gradients"}
-    taken = {name: getattr(options, name) for name in shared}
-    taken |= {
+    taken = training_settings(options) | {
         "output": options.output.with_name(f"{options.output.name}-start"),
         "epochs": options.start_epochs,
         "base_learning_rate": options.start_learning_rate,
         "warmup_epochs": min(options.warmup_epochs, options.start_epochs),
         "weight_decay": PretrainOptions.weight_decay,
+        "clip_gradients": PretrainOptions.clip_gradients,
     }
     pretrain(
         PretrainOptions(

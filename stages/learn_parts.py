@@ -1,6 +1,7 @@
 """`semmae stage1 learn-parts`: learn parts on a frozen encoder (paper, section 3.1)."""
 
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -221,7 +222,8 @@ def _training_data(
 
 def _some(tokens: Tokens, options: LearnPartsOptions) -> Tokens:
     """Tokens of as many images as the start asks for, drawn by the seed."""
+    if len(tokens.patches) <= options.sample_images:
+        return tokens  # a choice of all would be a copy
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(tokens.patches), generator=generator)
-    chosen = order[: options.sample_images].sort().values
-    return Tokens(tokens.class_token[chosen], tokens.patches[chosen], tokens.attention[chosen])
+    return tokens.each(itemgetter(order[: options.sample_images].sort().values))

@@ -14,7 +14,7 @@ from ..errors import SettingError
 from ..models.encoders import FrozenEncoder, Tokens
 from ..models.part_scores import AnchoredTokens, GridCells, SetCentres
 from ..models.parts import LEARNED, PartArchitecture, PartLearner
-from ..pipeline.image_source import ImageSource, batches_in_order
+from ..pipeline.image_source import ImageSource, batches_in_order, drawn
 from ..pipeline.progress import Progress
 from .evals.metrics import fixed_grid
 
@@ -45,29 +45,19 @@ def sample_tokens(
     encoder: FrozenEncoder, images: ImageSource, size: tuple[int, int], count: int, seed: int
 ) -> Tokens:
     """Tokens of some images, drawn without replacement, on the CPU in float32."""
-    chosen = np.random.default_rng(seed).permutation(len(images))[:count]
+    chosen = drawn(len(images), count, seed)
     made: list[Tokens] = []
     device = encoder.mean.device
     with Progress("reading tokens", len(chosen), "image") as progress:
-        for _, pixels in batches_in_order(images, size, 64, "squash", np.sort(chosen)):
+        for _, pixels in batches_in_order(images, size, 64, "squash", chosen):
             tokens = encoder(torch.from_numpy(pixels).to(device))
-            made.append(
-                Tokens(
-                    tokens.class_token.float().cpu(),
-                    tokens.patches.float().cpu(),
-                    tokens.attention.float().cpu(),
-                )
-            )
+            made.append(tokens.each(lambda part: part.float().cpu()))
             progress.update(len(pixels))
     if not made:
         raise SettingError(
             f"not one image of {images.plan.root} can be read: nothing to learn from"
         )
-    return Tokens(
-        torch.cat([tokens.class_token for tokens in made]),
-        torch.cat([tokens.patches for tokens in made]),
-        torch.cat([tokens.attention for tokens in made]),
-    )
+    return Tokens.joined(made)
 
 
 def vote_for_objects(

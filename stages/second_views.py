@@ -8,12 +8,12 @@ Legend of shapes: B images, H W pixels, P channels of the part map, h w patches.
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..models.encoders import FrozenEncoder, Tokens
-from ..pipeline.image_source import ImageSource, batches_in_order
+from ..models.vision import normalise_pixels, scaled
+from ..pipeline.image_source import ImageSource, batches_in_order, drawn
 from ..pipeline.progress import Progress
 from ..pipeline.views import draw_view, meeting_places, patches_at
 
@@ -42,10 +42,9 @@ def look_again(encoder: FrozenEncoder, images: Tensor) -> SecondView:
         encoder: The frozen encoder.
         images: uint8 (B, H, W, 3), RGB, on its device.  Randomness is torch's CPU generator.
     """
-    pixels = images.permute(0, 3, 1, 2).float() / 255
-    view = draw_view(pixels, (images.shape[1], images.shape[2]), SCALE)
-    mean, std = encoder.mean.view(3, 1, 1), encoder.std.view(3, 1, 1)
-    return SecondView(encoder.features((view.pixels - mean) / std), view.frame)
+    view = draw_view(scaled(images), (images.shape[1], images.shape[2]), SCALE)
+    pixels = normalise_pixels(view.pixels, encoder.mean, encoder.std)
+    return SecondView(encoder.features(pixels), view.frame)
 
 
 def disagreement(whole: Tensor, seen: Tensor, frame: Tensor) -> Tensor:
@@ -83,7 +82,7 @@ def sample_views(
     Returns:
         Patch tokens in float16, the class token in float32; no attention.
     """
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:count])
+    chosen = drawn(len(images), count, seed)
     made: list[SecondView] = []
     with torch.random.fork_rng(devices=[]), Progress("views", len(chosen), "image") as progress:
         torch.default_generator.manual_seed(seed)
@@ -92,12 +91,7 @@ def sample_views(
             made.append(_kept(view))
             progress.update(len(pixels))
     return SecondView(
-        Tokens(
-            torch.cat([view.tokens.class_token for view in made]),
-            torch.cat([view.tokens.patches for view in made]),
-            torch.cat([view.tokens.attention for view in made]),
-        ),
-        torch.cat([view.frame for view in made]),
+        Tokens.joined([view.tokens for view in made]), torch.cat([view.frame for view in made])
     )
 
 

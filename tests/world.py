@@ -32,6 +32,15 @@ class World:
         return self.root / "store"
 
 
+def lasting_bytes(store: Path) -> dict[str, bytes]:
+    """Every file of a store but those that differ from run to run."""
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in sorted(store.rglob("*"))
+        if path.is_file() and path.relative_to(store).parts[0] not in ("runs", "cache")
+    }
+
+
 def pretrain_options(world: World, output: Path, **changes: object) -> PretrainOptions:
     settings: dict[str, object] = {
         "data": world.data,

@@ -1,6 +1,5 @@
 """`semmae eval linear`: train a linear classifier on frozen features (MAE, appendix A.1)."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from ...models.heads import LinearHead
 from ...pipeline.feeding import Batch, TrainingData
 from ...pipeline.image_source import ImageSource
 from ...pipeline.loaders import AugmentedData
-from ...pipeline.options import TrainingOptions, plain_options, require
+from ...pipeline.options import TrainingOptions, plain_options, require, training_settings
 from ...pipeline.progress import Progress
 from ...pipeline.schedule import Draw, indices
 from ...pipeline.tasks import Task
@@ -164,12 +163,7 @@ def _run_folder(options: LinearOptions, fingerprint: str) -> Path:
 
 
 def _training_options(options: LinearOptions, folder: Path) -> TrainingOptions:
-    shared = {field.name for field in dataclasses.fields(TrainingOptions)}
-    taken = {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(options)
-        if field.name in shared
-    }
+    taken = training_settings(options)
     taken["output"] = folder
     taken["checkpoint_epochs"] = max(options.epochs // 4, 1)
     taken["keep_checkpoints"] = 1

@@ -6,6 +6,7 @@ Legend of shapes: N images, L patches, D width.
 """
 
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
@@ -85,7 +86,6 @@ def _object_tokens(learner: PartLearner, tokens: Tokens) -> Tensor:
     found = []
     for start in range(0, len(tokens.patches), _IMAGES_AT_ONCE):
         step = slice(start, start + _IMAGES_AT_ONCE)
-        some = Tokens(tokens.class_token[step], tokens.patches[step], tokens.attention[step])
-        patches = learner.patches(some)
+        patches = learner.patches(tokens.each(itemgetter(step)))
         found.append(patches.features[patches.objects > 0])
     return torch.cat(found)

@@ -13,7 +13,7 @@ from sklearn.cluster import KMeans
 
 from ...errors import MissingError
 from ...models.parts import PartLearner
-from ...pipeline.image_source import ImageSource
+from ...pipeline.image_source import ImageSource, drawn
 from ...pipeline.options import choose_device
 from ...pipeline.progress import Progress
 from ...pipeline.sources import Split, list_images
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
 
 CLUSTERS = 12
 """Clusters of class tokens that stand for classes where images have none."""
-
-
-def drawn(count: int, wanted: int, seed: int) -> NDArray[np.int64]:
-    """Positions of ``wanted`` of ``count`` images, or of all, drawn by the seed, in order."""
-    return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
 
 
 @dataclass(frozen=True)

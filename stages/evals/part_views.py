@@ -10,6 +10,7 @@ Legend of shapes: N images, (H, W) pixels, (h, w) patches, L = h w, P channels o
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Literal
 
 import numpy as np
@@ -150,8 +151,7 @@ def _encoded(encoder: FrozenEncoder, pixels: NDArray[np.uint8]) -> tuple[Tokens,
     given = torch.from_numpy(pixels).to(encoder.mean.device)
     made = encoder(given)
     grid = (pixels.shape[1] // encoder.patch_size, pixels.shape[2] // encoder.patch_size)
-    parts = (made.class_token, made.patches, made.attention)
-    return Tokens(*(part.float().cpu() for part in parts)), patch_colours(given, grid).cpu()
+    return made.each(lambda part: part.float().cpu()), patch_colours(given, grid).cpu()
 
 
 def joined(batches: Iterable[EncodedViews]) -> EncodedViews:
@@ -169,16 +169,8 @@ def joined(batches: Iterable[EncodedViews]) -> EncodedViews:
             np.concatenate([batch.boxes.edges for batch in found]),
             np.concatenate([batch.boxes.sizes for batch in found]),
         ),
-        {view: _joined_tokens([b.tokens[view] for b in found]) for view in found[0].tokens},
+        {view: Tokens.joined([b.tokens[view] for b in found]) for view in found[0].tokens},
         {view: torch.cat([b.colours[view] for b in found]) for view in found[0].colours},
-    )
-
-
-def _joined_tokens(found: list[Tokens]) -> Tokens:
-    return Tokens(
-        torch.cat([tokens.class_token for tokens in found]),
-        torch.cat([tokens.patches for tokens in found]),
-        torch.cat([tokens.attention for tokens in found]),
     )
 
 
@@ -203,8 +195,7 @@ def parts_in(
     labels, margins = [], []
     for start in range(0, len(colours), at_once):
         step = slice(start, start + at_once)
-        parts = (tokens.class_token, tokens.patches, tokens.attention)
-        some = Tokens(*(part[step].to(device) for part in parts))
+        some = tokens.each(itemgetter(step)).each(lambda part: part.to(device))
         patches = learner.patches(some, colours[step].to(device))
         found, margin = part_labels(learner.maps(patches, grid))
         labels.append(found.cpu().numpy())

@@ -13,6 +13,7 @@ from ...errors import MismatchError, MissingError, SettingError
 from ...models.part_scores import kmeans_inside_images
 from ...pipeline.crops import squash
 from ...pipeline.decoding import BadImage, decode_image
+from ...pipeline.image_source import drawn
 from ...pipeline.options import require, require_finite
 from ...pipeline.plan import Plan
 from ...pipeline.progress import Progress
@@ -23,7 +24,7 @@ from ...storage.part_store import PartStore
 from ..label_images import Labels, true_labels
 from ..networks import open_learner
 from .metrics import coherence, fixed_grid
-from .part_learners import drawn, measure_learner
+from .part_learners import measure_learner
 from .part_measures import Evidence, FoundParts, against, measured, prefixed
 from .records import keep_result, pinned
 from .seeds import training_of

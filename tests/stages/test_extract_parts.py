@@ -13,21 +13,12 @@ from semmae.errors import DamageError, MismatchError, SettingError
 from semmae.stages.extract_parts import ExtractionWorker, ExtractPartsOptions, extract_parts
 from semmae.stages.pretrain import pretrain, pretraining_data
 from semmae.storage.part_store import PartStore
-from semmae.tests.world import World, learn_options, pretrain_options
+from semmae.tests.world import World, lasting_bytes, learn_options, pretrain_options
 
 
 def options_for(world: World, output: Path, **changes: object) -> ExtractPartsOptions:
     plain = ExtractPartsOptions(data=world.data, learner=world.learner, output=output)
     return replace(plain, **changes)  # type: ignore[arg-type]
-
-
-def lasting_bytes(store: Path) -> dict[str, bytes]:
-    """Every file of a store but those that differ from run to run."""
-    return {
-        str(path.relative_to(store)): path.read_bytes()
-        for path in sorted(store.rglob("*"))
-        if path.is_file() and path.relative_to(store).parts[0] not in ("runs", "cache")
-    }
 
 
 def with_size(png: bytes, side: int) -> bytes:

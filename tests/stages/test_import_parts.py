@@ -27,21 +27,12 @@ from semmae.stages.show import (
 )
 from semmae.stages.store_filling import commit_shard
 from semmae.storage.part_store import PartStore
-from semmae.tests.world import World, pretrain_options
+from semmae.tests.world import World, lasting_bytes, pretrain_options
 
 
 def options_for(world: World, output: Path, **changes: object) -> ImportPartsOptions:
     plain = ImportPartsOptions(labels=world.labels, data=world.data, output=output, grid=4)
     return replace(plain, **changes)  # type: ignore[arg-type]
-
-
-def lasting_bytes(store: Path) -> dict[str, bytes]:
-    """Every file of a store but those that differ from run to run."""
-    return {
-        str(path.relative_to(store)): path.read_bytes()
-        for path in sorted(store.rglob("*"))
-        if path.is_file() and path.relative_to(store).parts[0] not in ("runs", "cache")
-    }
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, shard: int) -> None:

@@ -10,12 +10,13 @@ import torch
 
 from semmae import cli
 from semmae.errors import MissingError, SettingError
+from semmae.pipeline.image_source import drawn
 from semmae.pipeline.sources import list_images
 from semmae.stages.evals import part_probe
 from semmae.stages.evals.history import rerun
 from semmae.stages.evals.metrics import coherence, fg_nmi
 from semmae.stages.evals.part_baselines import BASELINES
-from semmae.stages.evals.part_learners import CLUSTERS, class_clusters, drawn, measure_learner
+from semmae.stages.evals.part_learners import CLUSTERS, class_clusters, measure_learner
 from semmae.stages.evals.parts import (
     PartsOptions,
     evaluate_parts,
