@@ -93,7 +93,7 @@ def learning(encoder: FrozenEncoder, images: NoiseImages, pixels: bool) -> PartL
     )
     learner = PartLearner(shape)
     learner.centres.normal_()
-    learner.is_object[::2] = 1
+    learner.objectness[::2] = 1
     data = cast(SquashedData, images)
     return PartLearning(encoder, learner, data, data, options, encoder.native_size)
 

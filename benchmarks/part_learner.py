@@ -10,9 +10,10 @@ the sample standard deviation; percent, but ``dead`` counts parts.
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 
 from semmae.models.encoders import FrozenEncoder
 from semmae.models.parts import LEARNED, PartLearner
+from semmae.models.places import PlacePredictor
 from semmae.pipeline.image_source import ImageSource, drawn
 from semmae.pipeline.loaders import SquashedData
 from semmae.pipeline.schedule import Draw
@@ -33,11 +35,16 @@ from semmae.stages.learn_parts import LearnPartsOptions
 from semmae.stages.networks import open_encoder
 from semmae.stages.part_start import position_share, started_learner
 from semmae.stages.part_training import CachedTokens, PartLearning
+from semmae.stages.place_learning import Windows, learn_places, sample_windows
 
 STEPS, BATCH, LEARNING_RATE, AT_ONCE = 400, 48, 1e-3, 64
+PLACE_STEPS = 1500
 
 VARIANTS: dict[str, dict[str, object]] = {
     "anchored": {},
+    "by tokens": {"told_by": "tokens"},
+    "vote blur 0": {"vote_blur": 0.0},
+    "kmeans by places": {"variant": "kmeans", "told_by": "places"},
     "no background": {"background": "none"},
     "class share 0": {"class_share": 0.0},
     "class share 0.5": {"class_share": 0.5},
@@ -70,7 +77,7 @@ COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bench:
     """Tokens and truth that all variants share."""
 
@@ -83,12 +90,22 @@ class Bench:
     val: EncodedViews
     moved: EncodedViews
     truth: Evidence
+    windows: Windows
+
+    @cache  # noqa: B019 - lives as long as the bench
+    def places(self, seed: int) -> PlacePredictor | None:
+        """The predictor of places, the same for all variants."""
+        tokens = self.train.tokens["whole"].patches
+        return learn_places(
+            self.windows, tokens, self.grid, PLACE_STEPS, seed, self.encoder.mean.device
+        )
 
     def learned(self, changes: dict[str, object], seed: int) -> PartLearner:
         """A learner after `STEPS` steps on the train tokens, or at once if nothing is learned."""
         options = LearnPartsOptions(data="", encoder="", output=Path(), seed=seed, **changes)  # type: ignore[arg-type]
         tokens = self.train.tokens["whole"]
-        learner = started_learner(tokens, self.grid, options)
+        places = copy.deepcopy(self.places(seed)) if options.by_places else None
+        learner = started_learner(tokens, self.grid, options, places)
         if options.variant not in LEARNED:
             return learner.eval()
         cached = CachedTokens(tokens, "")
@@ -117,7 +134,9 @@ class Bench:
         return probe_parts(train, self.train_truth.true, held, self.truth.true, seed)
 
 
-def bench(encoder: FrozenEncoder, data: str, labels: Path, train: int, val: int) -> Bench:
+def bench(
+    encoder: FrozenEncoder, data: str, labels: Path, train: int, val: int, windows: int
+) -> Bench:
     """Read all tokens and labels."""
     size, patch = encoder.native_size, encoder.patch_size
     grid = (size[0] // patch, size[1] // patch)
@@ -141,6 +160,7 @@ def bench(encoder: FrozenEncoder, data: str, labels: Path, train: int, val: int)
         views,
         replace(views, tokens={view: views.tokens[view] for view in moved}),
         truth,
+        sample_windows(encoder, train_images, size, windows, 2, seed=0),
     )
 
 
@@ -176,12 +196,14 @@ def main() -> None:
     parser.add_argument("--variants", default=",".join(VARIANTS), help="names, parted by commas")
     parser.add_argument("--train-images", type=int, default=2000)
     parser.add_argument("--val-images", type=int, default=1000)
+    parser.add_argument("--window-images", type=int, default=4000)
     given = parser.parse_args()
     names = given.variants.split(",")
     if unknown := sorted(set(names) - VARIANTS.keys()):
         parser.error(f"no variant {', '.join(unknown)}: there are {', '.join(VARIANTS)}")
     encoder = open_encoder(given.encoder)
-    made = bench(encoder, given.data, given.labels, given.train_images, given.val_images)
+    counts = given.train_images, given.val_images, given.window_images
+    made = bench(encoder, given.data, given.labels, *counts)
     tokens = made.train.tokens["whole"]
     print(f"place explains {position_share(tokens.patches):.0%} of the tokens' variance")
     print(" " * 22 + "".join(f"{head:>{max(len(head) + 1, 8)}}" for head in COLUMNS))

@@ -25,7 +25,7 @@ class Patches:
     """What parts are told from.
 
     Attributes:
-        features: (B, L, D), standardised patch tokens.
+        features: (B, L, D), standardised: patch tokens, or the places that they tell.
         style: (B, S), standardised class tokens.
         attention: (B, A, L), the class token's attention, by head.
         objects: (B, L), 1 on objects, 0 on background.

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import SettingError
+from .blur import blurred, gaussian
 from .decoder import PixelDecoder
 from .encoders import Tokens
 from .part_scores import (
@@ -39,6 +40,7 @@ from .part_scores import (
     Patches,
     SetCentres,
 )
+from .places import PlacePredictor
 
 Variant = Literal["anchored", "paper", "kmeans", "image-kmeans", "colour", "attention", "grid"]
 
@@ -61,12 +63,15 @@ class PartArchitecture:
         class_share: Weight of the class-token term against the anchor, both of unit length.
         temperature: Of the softmax over parts.
         blur: Standard deviation of the Gaussian blur of the maps, patches; 0 does not blur.
+        vote_blur: Likewise of the vote for the background, before it is cast.
         pixel_decoder: Whether there is an AdaIN decoder to pixels.
         decoder_width: C of its first layer.
         decoder_noise: Per-layer noise in it.
         places: Places of the grid whose mean token is taken off each token there; 0 takes off one
             mean for all places.
-        grid_places: L for ``grid``, whose cells are of one grid; else 0.
+        grid_places: L of learners of one grid, ``grid`` and those with ``place_cells``; else 0.
+        place_cells: Cells a side of the places that patches tell; parts are told by them.  0: parts
+            are told by the tokens themselves.
     """
 
     width: int
@@ -78,11 +83,13 @@ class PartArchitecture:
     class_share: float = 0.2
     temperature: float = 0.1
     blur: float = 0.7
+    vote_blur: float = 1.0
     pixel_decoder: bool = False
     decoder_width: int = 64
     decoder_noise: bool = False
     places: int = 0
     grid_places: int = 0
+    place_cells: int = 0
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be.
@@ -94,10 +101,10 @@ class PartArchitecture:
             raise SettingError(f"--num-parts is {self.parts}: expected 1 to 250")
         if self.background == "voted" and self.clusters < 2:
             raise SettingError(f"--clusters is {self.clusters}: expected 2 or more")
-        if self.temperature <= 0 or self.blur < 0:
+        if self.temperature <= 0 or min(self.blur, self.vote_blur) < 0:
             raise SettingError(
-                f"--temperature is {self.temperature} and --blur {self.blur}: "
-                "expected above 0, and 0 or more"
+                f"--temperature is {self.temperature}, --blur {self.blur} and --vote-blur "
+                f"{self.vote_blur}: expected above 0, 0 or more, and 0 or more"
             )
         if self.background == "token" and self.variant not in LEARNED:
             raise SettingError(
@@ -115,13 +122,18 @@ class PartArchitecture:
         """N; the voted background is none of them."""
         return self.parts + (self.background == "token")
 
+    @property
+    def feature_width(self) -> int:
+        """F, channels of what parts are told by."""
+        return self.place_cells**2 or self.width
+
     def to_record(self) -> dict[str, Any]:
         """Plain data, for checkpoints."""
         return asdict(self)
 
 
 def _scores(shape: PartArchitecture, style_width: int) -> nn.Module:
-    parts, width, temperature = shape.tokens, shape.width, shape.temperature
+    parts, width, temperature = shape.tokens, shape.feature_width, shape.temperature
     if shape.variant == "anchored":
         return AnchoredTokens(parts, width, style_width, shape.class_share, temperature)
     if shape.variant == "paper":
@@ -140,7 +152,7 @@ class PartLearner(nn.Module):
 
     Buffers ``token_mean`` (D, or L x D where the mean of each place is taken off) and
     ``token_std`` (D) standardise patch tokens over the data set, ``class_mean`` and ``class_std``
-    (S) class tokens; ``centres`` (C, D) and ``is_object`` (C) hold the background vote.
+    (S) class tokens; ``centres`` (C, D) and ``objectness`` (C) hold the background vote.
     `stages.part_start` sets them, and where the variant begins, before training.
 
     Args:
@@ -152,14 +164,20 @@ class PartLearner(nn.Module):
     class_mean: Tensor
     class_std: Tensor
     centres: Tensor
-    is_object: Tensor
+    objectness: Tensor
     kernel: Tensor
+    vote_kernel: Tensor
 
     def __init__(self, architecture: PartArchitecture) -> None:
         super().__init__()
         shape = self.architecture = architecture
         style_width = shape.style_width or shape.width
         self.scores = _scores(shape, style_width)
+        self.places = (
+            PlacePredictor(shape.width, shape.place_cells, shape.grid_places).requires_grad_(False)
+            if shape.place_cells
+            else None
+        )
         self.decoder = (
             PixelDecoder(
                 shape.channels, style_width, shape.decoder_width, noise=shape.decoder_noise
@@ -174,21 +192,25 @@ class PartLearner(nn.Module):
             self.token_mean = torch.zeros(shape.places, shape.width)
         clusters = shape.clusters if shape.background == "voted" else 0
         self.register_buffer("centres", torch.zeros(clusters, shape.width))
-        self.register_buffer("is_object", torch.zeros(clusters))
-        self.register_buffer("kernel", _gaussian(shape.blur), persistent=False)
+        self.register_buffer("objectness", torch.zeros(clusters))
+        self.register_buffer("kernel", gaussian(shape.blur), persistent=False)
+        self.register_buffer("vote_kernel", gaussian(shape.vote_blur), persistent=False)
 
-    def patches(self, tokens: Tokens, colours: Tensor | None = None) -> Patches:
-        """What parts are told from: tokens of zero mean and unit variance, and the object mask.
+    def patches(
+        self, tokens: Tokens, grid: tuple[int, int], colours: Tensor | None = None
+    ) -> Patches:
+        """What parts are told from: features of zero mean and unit variance, and the object mask.
 
         Args:
             tokens: Of the encoder.
+            grid: (h, w), with h w = L.
             colours: (B, L, 3), from `patch_colours`; needed by the variant ``colour`` alone.
         """
-        features = self.standardised(tokens)
+        standard = self.standardised(tokens)
+        features = standard if self.places is None else self.places.features(tokens.patches, grid)
         style = (tokens.class_token.float() - self.class_mean) / self.class_std
-        return Patches(
-            features, style, tokens.attention.float(), self.object_mask(features), colours
-        )
+        objects = self.object_mask(standard, grid)
+        return Patches(features, style, tokens.attention.float(), objects, colours)
 
     def standardised(self, tokens: Tokens) -> Tensor:
         """Patch tokens (B, L, D) of zero mean and unit variance over the data set."""
@@ -211,37 +233,30 @@ class PartLearner(nn.Module):
             if self.architecture.background == "voted":
                 objects = patches.objects[:, None]
                 maps = torch.cat([1 - objects, maps * objects], dim=1)
-            return self._blurred(maps.unflatten(2, grid))
+            return blurred(maps.unflatten(2, grid), self.kernel)
 
-    def object_mask(self, features: Tensor) -> Tensor:
-        """Which patches belong to an object, by the vote of their cluster.
+    def object_mask(self, standard: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Which patches belong to an object, by the blurred vote of their clusters.
 
         Args:
-            features: (B, L, D), standardised patch tokens.
+            standard: (B, L, D), standardised patch tokens.
+            grid: (h, w).
 
         Returns:
             float (B, L), 1 on objects, 0 on background; all 1 without a voted background.
         """
         if self.architecture.background != "voted":
-            return features.new_ones(features.shape[:2])
-        return self.is_object[torch.cdist(features, self.centres).argmin(dim=-1)]
-
-    def _blurred(self, maps: Tensor) -> Tensor:
-        """Gaussian blur of each map; the border goes on outside, so that maps still sum to 1."""
-        if len(self.kernel) == 1:
-            return maps
-        channels, reach = maps.shape[1], len(self.kernel) // 2
-        row = self.kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
-        padded = F.pad(maps, (reach, reach, reach, reach), mode="replicate")
-        blurred = F.conv2d(padded, row, groups=channels)
-        return F.conv2d(blurred, row.transpose(2, 3), groups=channels)
+            return standard.new_ones(standard.shape[:2])
+        votes = self.objectness[torch.cdist(standard, self.centres).argmin(dim=-1)]
+        around = blurred(votes.reshape(-1, 1, *grid), self.vote_kernel)
+        return (around.flatten(1) > 0).to(standard.dtype)
 
     def forward(
         self, tokens: Tokens, grid: tuple[int, int], images: Tensor | None = None
     ) -> Tensor:
         """Soft part maps (B, P, h, w) of an encoder's tokens of the images uint8 (B, H, W, 3)."""
         colours = None if images is None else patch_colours(images, grid)
-        return self.maps(self.patches(tokens, colours), grid)
+        return self.maps(self.patches(tokens, grid, colours), grid)
 
 
 def patch_colours(images: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -297,11 +312,3 @@ def part_labels(maps: Tensor) -> tuple[Tensor, Tensor]:
     largest = maps.topk(min(2, maps.shape[1]), dim=1).values
     margin = largest[:, 0] - largest[:, 1:].sum(dim=1)
     return labels, margin.clamp(0, 1)
-
-
-def _gaussian(deviation: float) -> Tensor:
-    """A one-dimensional Gaussian that sums to 1, cut at two deviations (at least one place)."""
-    reach = max(int(2 * deviation + 0.5), 1) if deviation > 0 else 0
-    places = torch.arange(-reach, reach + 1, dtype=torch.float32)
-    weights = torch.exp(-0.5 * (places / max(deviation, 1e-6)) ** 2)
-    return weights / weights.sum()

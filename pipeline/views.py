@@ -34,23 +34,26 @@ class View:
     frame: Tensor
 
 
-def draw_view(images: Tensor, size: int | tuple[int, int], scale: float) -> View:
+def draw_view(
+    images: Tensor, size: int | tuple[int, int], scale: float | tuple[float, float]
+) -> View:
     """A random crop of each image, resized, half of them mirrored.
 
     Args:
         images: float32 (B, 3, H, W), in [0, 1].
         size: Pixels of the view: (S, T) down and across, or the side of a square.
-        scale: Least share of the image's area in it; the most is 1.
+        scale: Least and most share of the image's area in it; the most is 1 if not given.
     """
-    frame = _draw_frames(len(images), scale).to(images.device)
+    least, most = scale if isinstance(scale, tuple) else (scale, 1.0)
+    frame = _draw_frames(len(images), least, most).to(images.device)
     down, across = (size, size) if isinstance(size, int) else size
     places = F.affine_grid(frame, [len(images), 3, down, across], align_corners=False)
     pixels = F.grid_sample(images, places, padding_mode="border", align_corners=False)
     return View(pixels, frame)
 
 
-def _draw_frames(count: int, scale: float) -> Tensor:
-    area = torch.empty(count).uniform_(scale, 1)
+def _draw_frames(count: int, least: float, most: float) -> Tensor:
+    area = torch.empty(count).uniform_(least, most)
     aspect = torch.empty(count).uniform_(math.log(ASPECT[0]), math.log(ASPECT[1])).exp()
     wide, tall = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     across, down = (torch.rand(2, count) * 2 - 1) * (1 - torch.stack([wide, tall]))

@@ -10,6 +10,7 @@ import torch
 from ..errors import MismatchError, SettingError
 from ..models.encoders import FrozenEncoder, Tokens
 from ..models.parts import LEARNED, PartArchitecture, PartLearner, Variant
+from ..models.places import PlacePredictor
 from ..models.readings import Facet
 from ..pipeline.feeding import TrainingData
 from ..pipeline.image_source import ImageSource
@@ -21,6 +22,7 @@ from ..storage.checkpoints import checkpoints, load_checkpoint
 from .networks import ENCODER_FILE, image_size_of, open_encoder, parse_reading, shaped_learner
 from .part_start import sample_tokens, started_learner
 from .part_training import CachedTokens, PartLearning
+from .place_learning import learn_places, sample_windows
 from .second_views import sample_views
 
 
@@ -47,6 +49,11 @@ class LearnPartsOptions(TrainingOptions):
         "anchored: ids keep one meaning; paper: queries from the class token, pixels rebuilt; "
         "the others are baselines, with nothing to train.",
     ] = "anchored"
+    told_by: Annotated[
+        Literal["auto", "places", "tokens"],
+        "Parts are told by the places in images that patches tell by their content, or by the "
+        "tokens themselves; auto: places if anchored.",
+    ] = "auto"
     background: Annotated[
         Literal["auto", "voted", "token", "none"],
         "How the background is set apart; auto: a part token if paper, none for attention and "
@@ -65,6 +72,9 @@ class LearnPartsOptions(TrainingOptions):
     class_share: Annotated[float, "Weight of the class-token term in anchored part tokens."] = 0.2
     temperature: Annotated[float, "Of the softmax over parts."] = 0.1
     blur: Annotated[float, "Standard deviation of the blur of the maps, patches."] = 0.7
+    vote_blur: Annotated[
+        float, "Standard deviation of the blur of the vote for the background, patches."
+    ] = 1.0
     diversity_weight: Annotated[float, "Of the diversity constraint."] = 0.1
     feature_weight: Annotated[
         float | None, "Of rebuilding the encoder's features; default 1 if anchored, 0 if paper."
@@ -82,6 +92,10 @@ class LearnPartsOptions(TrainingOptions):
     decoder_width: Annotated[int, "Channels of the pixel decoder's first layer."] = 64
     decoder_noise: Annotated[bool, "Per-layer noise in the pixel decoder."] = False
     sample_images: Annotated[int, "Images that statistics and k-means starts come from."] = 2000
+    window_images: Annotated[
+        int, "Images whose windows places are learned from; 2 windows of each."
+    ] = 4000
+    place_steps: Annotated[int, "Steps of 32 windows that places are learned in."] = 1500
     cached_images: Annotated[
         int,
         "Train on the tokens of this many images (and of one view of each, if --consistency-weight "
@@ -95,12 +109,13 @@ class LearnPartsOptions(TrainingOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
         super().__post_init__()
-        for name in ("clusters", "sample_images", "decoder_width"):
+        for name in ("clusters", "sample_images", "window_images", "place_steps", "decoder_width"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.cached_images >= 0, "cached_images", self.cached_images, "0 or more")
         parse_reading(self.blocks, self.facet, self.pooled)
         require(self.class_share >= 0, "class_share", self.class_share, "0 or more")
-        require(0 <= self.blur <= 8, "blur", self.blur, "0 to 8 patches")
+        for name in ("blur", "vote_blur"):
+            require(0 <= getattr(self, name) <= 8, name, getattr(self, name), "0 to 8 patches")
         for loss, weight in self.loss_weights.items():
             flag = f"{loss.removesuffix('s')}_weight"
             require(weight >= 0, flag, weight, "0 or more")
@@ -138,6 +153,11 @@ class LearnPartsOptions(TrainingOptions):
             "diversity": self.diversity_weight,
             "consistency": self.consistency_weight,
         }
+
+    @property
+    def by_places(self) -> bool:
+        """Whether parts are told by places."""
+        return self.told_by == "places" or (self.told_by == "auto" and self.variant == "anchored")
 
     @property
     def rebuilds_pixels(self) -> bool:
@@ -193,7 +213,9 @@ def learn_parts(options: LearnPartsOptions) -> Path:
     if learner is None:
         assert tokens is not None
         grid = (size[0] // encoder.patch_size, size[1] // encoder.patch_size)
-        learner = started_learner(_some(tokens, options), grid, options)
+        some = _some(tokens, options)
+        places = _places(encoder, images, size, some, options) if options.by_places else None
+        learner = started_learner(some, grid, options, places)
     task = PartLearning(encoder, learner, data, SquashedData(images, size), options, size)
     return fit(task, options) if learned else keep(task, options)
 
@@ -218,6 +240,20 @@ def _training_data(
     if options.consistency_weight:
         views = sample_views(encoder, images, size, count, options.seed)
     return CachedTokens(tokens, whole.fingerprint, views), tokens
+
+
+def _places(
+    encoder: FrozenEncoder,
+    images: ImageSource,
+    size: tuple[int, int],
+    tokens: Tokens,
+    options: LearnPartsOptions,
+) -> PlacePredictor | None:
+    windows = sample_windows(encoder, images, size, options.window_images, 2, options.seed)
+    grid = (size[0] // encoder.patch_size, size[1] // encoder.patch_size)
+    return learn_places(
+        windows, tokens.patches, grid, options.place_steps, options.seed, encoder.mean.device
+    )
 
 
 def _some(tokens: Tokens, options: LearnPartsOptions) -> Tokens:

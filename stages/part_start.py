@@ -1,7 +1,8 @@
 """Where a part learner begins: token statistics, the background vote, anchors from k-means."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..errors import SettingError
 from ..models.encoders import FrozenEncoder, Tokens
 from ..models.part_scores import AnchoredTokens, GridCells, SetCentres
 from ..models.parts import LEARNED, PartArchitecture, PartLearner
+from ..models.places import PlacePredictor
 from ..pipeline.image_source import ImageSource, batches_in_order, drawn
 from ..pipeline.progress import Progress
 from .evals.metrics import fixed_grid
@@ -28,7 +30,6 @@ OBJECT_SHARE = (0.1, 0.6)
 """Least and largest share of patches that a background vote may call object; outside it the vote
 found something else, and parts are learned without it."""
 
-
 LEAST_AGREEMENT = 0.3
 """Least correlation, over clusters, of attention and absence from the border, for both to vote."""
 
@@ -38,6 +39,9 @@ alone calls it object."""
 
 POSITION_SHARE = 0.5
 """Share of the tokens' variance that place may explain before parts would be places."""
+
+_AT_ONCE = 128
+"""Images that a learner looks at together."""
 
 
 @torch.no_grad()
@@ -60,13 +64,13 @@ def sample_tokens(
     return Tokens.joined(made)
 
 
-def vote_for_objects(
+def objectness_of(
     assigned: NDArray[np.int64],
     attention: NDArray[np.float32],
     grid: tuple[int, int],
     clusters: int,
-) -> NDArray[np.bool_]:
-    """Which clusters of patch tokens are object, without labels.
+) -> NDArray[np.float64]:
+    """How much clusters of patch tokens are object, without labels.
 
     Ours.  A cluster is object if the class token attends to it more than to the average patch by
     more than it lies on the border of the image more than the average patch does.  Where the
@@ -80,7 +84,7 @@ def vote_for_objects(
         clusters: C.
 
     Returns:
-        bool (C,).
+        float64 (C,), above 0 for objects; a share of the average patch's attention or border.
     """
     rows, columns = np.divmod(np.arange(assigned.shape[1]), grid[1])
     border = (rows == 0) | (rows == grid[0] - 1) | (columns == 0) | (columns == grid[1] - 1)
@@ -90,13 +94,13 @@ def vote_for_objects(
     at_border = np.broadcast_to(border, assigned.shape).ravel()
     bordering = np.bincount(assigned.ravel(), at_border, clusters) / counts / border.mean()
     if _correlation(attended, bordering, counts) < -LEAST_AGREEMENT:
-        return np.asarray(attended > bordering)
+        return np.asarray(attended - bordering)
     print(
         "the class token's attention has nothing to do with what lies away from the border: the "
         "border alone votes for the background",
         file=sys.stderr,
     )
-    return np.asarray(bordering < AWAY_FROM_BORDER)
+    return np.asarray(AWAY_FROM_BORDER - bordering)
 
 
 def _correlation(
@@ -109,7 +113,10 @@ def _correlation(
 
 
 def started_learner(
-    tokens: Tokens, grid: tuple[int, int], options: "LearnPartsOptions"
+    tokens: Tokens,
+    grid: tuple[int, int],
+    options: "LearnPartsOptions",
+    places: PlacePredictor | None = None,
 ) -> PartLearner:
     """A learner at its start: token statistics, background vote, anchors from k-means.
 
@@ -117,95 +124,103 @@ def started_learner(
         tokens: Of a sample of the data.
         grid: (h, w).
         options: The learner's settings.
+        places: By what parts are told; None tells them by the tokens themselves.
 
     Raises:
         SettingError: There are fewer patches than clusters.
     """
-    patches, width = tokens.patches, tokens.patches.shape[2]
-    mean = patches.mean(dim=(0, 1))
-    if _positions_go(patches, options):
-        mean = patches.mean(dim=0)
-    std = (patches - mean).flatten(0, 1).std(0) + 1e-6
-    standard = ((patches - mean) / std).numpy()
-    vote = _voted(standard, tokens, grid, options) if options.background_kind == "voted" else None
-    background = options.background_kind
-    if background == "voted" and vote is None:
-        background = "none"
-    learner = _shaped(tokens, mean, background, options)
-    learner.token_mean.copy_(mean)
-    learner.token_std.copy_(std)
+    learner = _shaped(tokens, options, places)
     learner.class_mean.copy_(tokens.class_token.mean(0))
     learner.class_std.copy_(tokens.class_token.std(0, correction=0) + 1e-6)
-    of_parts = standard.reshape(-1, width)
-    if vote is not None:
-        learner.centres.copy_(torch.from_numpy(vote.centres))
-        learner.is_object.copy_(torch.from_numpy(vote.objects.astype(np.float32)))
-        of_parts = standard[vote.objects[vote.assigned]]
-    start_scores(learner, of_parts, grid, options.seed, options.part_order)
+    if learner.architecture.background == "voted":
+        _vote(learner, tokens, grid, options.seed)
+    points, share = object_features(learner, tokens, grid)
+    if learner.architecture.background == "voted" and not _sensible(share):
+        return started_learner(tokens, grid, replace(options, background="none"), places)
+    start_scores(learner, points.numpy(), grid, options.seed, options.part_order)
     return learner
 
 
-@dataclass(frozen=True)
-class _Vote:
-    """Clusters of patch tokens (C, D), the cluster of each patch (B, L), which are object (C,)."""
-
-    centres: NDArray[np.float32]
-    assigned: NDArray[np.int64]
-    objects: NDArray[np.bool_]
-
-
-def _voted(
-    standard: NDArray[np.float32],
-    tokens: Tokens,
-    grid: tuple[int, int],
-    options: "LearnPartsOptions",
-) -> _Vote | None:
-    """The background vote; None where it found something else."""
-    flat = standard.reshape(-1, standard.shape[2])
-    kmeans = _cluster(flat, options.clusters, options.seed)
-    assigned = kmeans.predict(flat).reshape(standard.shape[:2]).astype(np.int64)
-    attention = tokens.attention.mean(dim=1).numpy()
-    objects = vote_for_objects(assigned, attention, grid, options.clusters)
-    share = float(objects[assigned].mean())
-    if OBJECT_SHARE[0] <= share <= OBJECT_SHARE[1]:
-        return _Vote(kmeans.cluster_centers_, assigned, objects)
-    print(
-        f"the background vote calls {share:.0%} of the patches object, outside "
-        f"{OBJECT_SHARE[0]:.0%} to {OBJECT_SHARE[1]:.0%}: learning without a background",
-        file=sys.stderr,
-    )
-    return None
-
-
 def _shaped(
-    tokens: Tokens,
-    mean: Tensor,
-    background: Literal["voted", "token", "none"],
-    options: "LearnPartsOptions",
+    tokens: Tokens, options: "LearnPartsOptions", places: PlacePredictor | None
 ) -> PartLearner:
     """A learner of the shape that tokens and options ask for, its weights drawn by the seed."""
-    _, places, width = tokens.patches.shape
+    patches = tokens.patches
+    keeps_place = not _positions_go(patches, options)
+    mean = patches.mean(dim=(0, 1)) if keeps_place else patches.mean(dim=0)
     torch.manual_seed(options.seed)
-    return PartLearner(
+    learner = PartLearner(
         PartArchitecture(
-            width=width,
+            width=patches.shape[2],
             style_width=tokens.class_token.shape[1],
             parts=tokens.attention.shape[1]
             if options.variant == "attention"
             else options.num_parts,
             variant=options.variant,
-            background=background,
+            background=options.background_kind,
             clusters=options.clusters,
             class_share=options.class_share,
             temperature=options.temperature,
             blur=options.blur,
+            vote_blur=options.vote_blur,
             pixel_decoder=options.variant in LEARNED and options.rebuilds_pixels,
             decoder_width=options.decoder_width,
             decoder_noise=options.decoder_noise,
-            places=places if mean.ndim == 2 else 0,
-            grid_places=places if options.variant == "grid" else 0,
+            places=0 if keeps_place else patches.shape[1],
+            grid_places=patches.shape[1] if options.variant == "grid" or places else 0,
+            place_cells=places.cells if places else 0,
         )
     )
+    learner.token_mean.copy_(mean)
+    learner.token_std.copy_((patches - mean).flatten(0, 1).std(0) + 1e-6)
+    learner.places = places
+    return learner
+
+
+def _vote(learner: PartLearner, tokens: Tokens, grid: tuple[int, int], seed: int) -> None:
+    """Set the clusters of patch tokens, and how much each is object."""
+    clusters = learner.architecture.clusters
+    flat = learner.standardised(tokens).flatten(0, 1).numpy()
+    kmeans = _cluster(flat, clusters, seed)
+    assigned = kmeans.predict(flat).reshape(tokens.patches.shape[:2]).astype(np.int64)
+    attention = tokens.attention.mean(dim=1).numpy()
+    learner.centres.copy_(torch.from_numpy(kmeans.cluster_centers_))
+    learner.objectness.copy_(torch.from_numpy(objectness_of(assigned, attention, grid, clusters)))
+
+
+@torch.no_grad()
+def object_features(
+    learner: PartLearner, tokens: Tokens, grid: tuple[int, int]
+) -> tuple[Tensor, float]:
+    """What parts are told from in the patches of objects, and the share of such patches.
+
+    Args:
+        learner: On the CPU.
+        tokens: Of the encoder, on the CPU.
+        grid: (h, w).
+
+    Returns:
+        float32 (M, F), and 0 to 1.
+    """
+    found, places = [], tokens.patches.shape[0] * tokens.patches.shape[1]
+    for start in range(0, len(tokens.patches), _AT_ONCE):
+        some = tokens.each(itemgetter(slice(start, start + _AT_ONCE)))
+        patches = learner.patches(some, grid)
+        found.append(patches.features[patches.objects > 0])
+    points = torch.cat(found)
+    return points, len(points) / places
+
+
+def _sensible(share: float) -> bool:
+    """Whether this share of patches can be objects; says so if not."""
+    if OBJECT_SHARE[0] <= share <= OBJECT_SHARE[1]:
+        return True
+    print(
+        f"the background vote calls {share:.0%} of the patches object, outside "
+        f"{OBJECT_SHARE[0]:.0%} to {OBJECT_SHARE[1]:.0%}: learning without a background",
+        file=sys.stderr,
+    )
+    return False
 
 
 PartOrder = Literal["area", "direction"]
@@ -222,8 +237,8 @@ def start_scores(
 
     Args:
         learner: Changed in place; variants without such a start are left as they are.
-        of_parts: Standardised patch tokens to cluster, (M, D), those of objects alone where there
-            is a voted background.
+        of_parts: What parts are told from, (M, F), of objects alone where there is a voted
+            background.
         grid: (h, w).
         seed: Of k-means.
         order: As in `part_order`.

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..models.encoders import FrozenEncoder, Tokens
-from ..models.part_scores import Patches
 from ..models.parts import PartLearner, diversity, part_labels, rebuilt_features
 from ..models.vision import normalise
 from ..pipeline.feeding import Batch, TrainingData
@@ -103,7 +102,8 @@ class PartLearning(Task):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction, diversity and consistency of whole images, or of their tokens."""
-        patches = self._learner.patches(self._tokens(batch))
+        tokens = self._tokens(batch)
+        patches = self._learner.patches(tokens, self._grid)
         maps = self._learner.maps(patches, self._grid)
         flat = maps.flatten(2).float()
         weights = self._options.loss_weights
@@ -112,7 +112,7 @@ class PartLearning(Task):
             rebuilt = rebuilt_features(flat, patches.features)
             terms["features"] = F.mse_loss(rebuilt, patches.features)
         if self._options.rebuilds_pixels:
-            terms |= self._image_losses(batch["images"], maps, patches)
+            terms |= self._image_losses(batch["images"], tokens, maps, patches.style)
         if weights["consistency"]:
             terms["consistency"] = self._disagreement(batch, maps)
         total = sum((weights[name] * term for name, term in terms.items()), maps.new_zeros(()))
@@ -128,10 +128,12 @@ class PartLearning(Task):
             return self.encoder(batch["images"])  # type: ignore[no-any-return]
         return _cached(batch, "")
 
-    def _image_losses(self, images: Tensor, maps: Tensor, patches: Patches) -> dict[str, Tensor]:
+    def _image_losses(
+        self, images: Tensor, tokens: Tokens, maps: Tensor, style: Tensor
+    ) -> dict[str, Tensor]:
         """What the rebuilt image lacks: pixels, and what the encoder sees in them."""
         assert self._learner.decoder is not None
-        rebuilt = self._learner.decoder(maps, patches.style).float()
+        rebuilt = self._learner.decoder(maps, style).float()
         weights, terms = self._options.loss_weights, {}
         if weights["pixels"]:
             target = normalise(images, self.encoder.mean, self.encoder.std)
@@ -140,7 +142,7 @@ class PartLearning(Task):
         if weights["perceptual"]:
             whole = F.interpolate(rebuilt, images.shape[1:3], mode="bilinear", align_corners=False)
             seen = self._learner.standardised(self.encoder.features(whole))
-            terms["perceptual"] = F.mse_loss(seen, patches.features)
+            terms["perceptual"] = F.mse_loss(seen, self._learner.standardised(tokens))
         return terms
 
     def _disagreement(self, batch: Batch, maps: Tensor) -> Tensor:
@@ -183,7 +185,8 @@ class PartLearning(Task):
         ]
         rebuilt = []
         if self._learner.decoder is not None:
-            made = self._learner.decoder(maps, self._learner.patches(tokens).style).float()
+            style = self._learner.patches(tokens, self._grid).style
+            made = self._learner.decoder(maps, style).float()
             made = made * self.encoder.std.view(3, 1, 1) + self.encoder.mean.view(3, 1, 1)
             made = (made.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
             rebuilt = [list(made.cpu().numpy())]

@@ -6,15 +6,11 @@ Legend of shapes: N images, L patches, D width.
 """
 
 from dataclasses import replace
-from operator import itemgetter
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from ...models.encoders import Tokens
 from ...models.parts import PartArchitecture, PartLearner
-from ..part_start import start_scores
+from ..part_start import object_features, start_scores
 
 Baseline = Literal["kmeans", "bare_kmeans", "image_kmeans", "colour", "attention", "grid"]
 
@@ -26,8 +22,6 @@ BASELINES: tuple[Baseline, ...] = (
     "attention",
     "grid",
 )
-
-_IMAGES_AT_ONCE = 128
 
 
 def beside(
@@ -58,7 +52,9 @@ def beside(
         # Without a background there is no vote to take over, and the blur may be another.
         if name != "kernel" and len(own):
             own.copy_(getattr(learner, name))
-    points = _object_tokens(made, tokens) if shape.variant == "kmeans" else tokens.patches[:0]
+    points = tokens.patches[:0]
+    if shape.variant == "kmeans":
+        points, _ = object_features(made, tokens, grid)
     start_scores(made, points.numpy(), grid, seed)
     return made
 
@@ -77,15 +73,5 @@ def _shape(
         "attention": {"variant": "attention", **whole, "parts": heads},
         "grid": {"variant": "grid", **whole, "blur": 0.0, "grid_places": grid[0] * grid[1]},
     }
-    plain: dict[str, Any] = {"pixel_decoder": False, "grid_places": 0}
+    plain: dict[str, Any] = {"pixel_decoder": False, "grid_places": 0, "place_cells": 0}
     return replace(shape, **{**plain, **changes[variant]})
-
-
-def _object_tokens(learner: PartLearner, tokens: Tokens) -> Tensor:
-    """Standardised tokens of all object patches, float32 (M, D)."""
-    found = []
-    for start in range(0, len(tokens.patches), _IMAGES_AT_ONCE):
-        step = slice(start, start + _IMAGES_AT_ONCE)
-        patches = learner.patches(tokens.each(itemgetter(step)))
-        found.append(patches.features[patches.objects > 0])
-    return torch.cat(found)

@@ -196,7 +196,7 @@ def parts_in(
     for start in range(0, len(colours), at_once):
         step = slice(start, start + at_once)
         some = tokens.each(itemgetter(step)).each(lambda part: part.to(device))
-        patches = learner.patches(some, colours[step].to(device))
+        patches = learner.patches(some, grid, colours[step].to(device))
         found, margin = part_labels(learner.maps(patches, grid))
         labels.append(found.cpu().numpy())
         margins.append(margin.float().cpu().numpy())

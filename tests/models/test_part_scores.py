@@ -28,7 +28,7 @@ def baseline(variant: str, **changes: Any) -> PartLearner:
     shape = {"width": WIDTH, "parts": 3, "clusters": 4, "grid_places": 12, "background": "none"}
     made = PartLearner(PartArchitecture(variant=variant, **{**shape, **changes}))  # type: ignore[arg-type]
     made.centres.copy_(torch.randn_like(made.centres))
-    made.is_object.copy_((torch.arange(len(made.is_object)) % 2).float())
+    made.objectness.copy_(torch.arange(len(made.objectness)) % 2 - 0.5)
     if isinstance(made.scores, SetCentres):
         made.scores.centres.copy_(torch.randn(3, WIDTH))
     if isinstance(made.scores, GridCells):
@@ -68,7 +68,7 @@ def test_baselines__give_maps_that_sum_to_one(variant: str, background: str) -> 
 @pytest.mark.parametrize("variant", BASELINES)
 def test_baselines__share_the_background_of_the_learned(variant: str) -> None:
     made = baseline(variant, background="voted", blur=0.0)
-    known = made.patches(tokens(), patch_colours(images(), GRID))
+    known = made.patches(tokens(), GRID, patch_colours(images(), GRID))
     maps = made.maps(known, GRID).flatten(2)
     assert torch.equal(maps[:, 0], 1 - known.objects)
     assert 0 < known.objects.mean() < 1

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from semmae.errors import SettingError
+from semmae.models.blur import blurred, gaussian
 from semmae.models.encoders import Tokens
 from semmae.models.part_scores import AnchoredTokens, ClassTokens
 from semmae.models.parts import (
@@ -33,7 +34,7 @@ def learner(seed: int = 0, **changes: Any) -> PartLearner:
         getattr(made, f"{name}_mean").copy_(torch.randn(WIDTH))
         getattr(made, f"{name}_std").copy_(torch.rand(WIDTH) + 0.5)
     made.centres.copy_(torch.randn_like(made.centres))
-    made.is_object.copy_((torch.arange(len(made.is_object)) % 2).float())
+    made.objectness.copy_(torch.arange(len(made.objectness)) % 2 - 0.5)
     return made
 
 
@@ -116,7 +117,7 @@ def test_architecture__refuses_what_is_out_of_range(changes: dict[str, Any], tol
 @pytest.mark.parametrize("background", ["token", "none"])
 def test_maps__are_a_softmax_over_cosines(background: str) -> None:
     made = learner(background=background, blur=0.0)
-    known = made.patches(tokens())
+    known = made.patches(tokens(), GRID)
     patches = known.features
     queries, maps = part_tokens(made, known.style), made.maps(known, GRID).flatten(2)
     for image in range(2):
@@ -140,9 +141,8 @@ def test_blur__is_that_of_a_plain_loop(blur: float) -> None:
 
 
 def test_blur__of_zero_changes_nothing() -> None:
-    made = learner(blur=0.0)
     maps = torch.rand(2, 5, *GRID)
-    assert made._blurred(maps) is maps
+    assert blurred(maps, gaussian(0.0)) is maps
 
 
 def test_standardise__undoes_mean_and_deviation() -> None:
@@ -153,7 +153,7 @@ def test_standardise__undoes_mean_and_deviation() -> None:
         wanted.patches * made.token_std + made.token_mean,
         wanted.attention,
     )
-    known = made.patches(raw)
+    known = made.patches(raw, GRID)
     torch.testing.assert_close(known.features, wanted.patches, rtol=0, atol=1e-5)
     torch.testing.assert_close(known.style, wanted.class_token, rtol=0, atol=1e-5)
 
@@ -161,7 +161,8 @@ def test_standardise__undoes_mean_and_deviation() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_maps__move_with_the_patches(variant: str, background: str) -> None:
-    made, given_tokens = learner(variant=variant, background=background, blur=0.0), tokens()
+    made = learner(variant=variant, background=background, blur=0.0, vote_blur=0.0)
+    given_tokens = tokens()
     order = torch.randperm(15, generator=torch.Generator().manual_seed(3))
     moved = Tokens(given_tokens.class_token, given_tokens.patches[:, order], torch.zeros(0))
     maps, other = made(given_tokens, GRID).flatten(2), made(moved, GRID).flatten(2)
@@ -170,21 +171,21 @@ def test_maps__move_with_the_patches(variant: str, background: str) -> None:
 
 @torch.no_grad()
 def test_maps__of_the_voted_background_follow_the_clusters() -> None:
-    made = learner(blur=0.0)
-    known = made.patches(tokens())
+    made = learner(blur=0.0, vote_blur=0.0)
+    known = made.patches(tokens(), GRID)
     patches, mask = known.features, known.objects
     maps = made.maps(known, GRID).flatten(2)
     for image in range(2):
         for place in range(15):
             distances = [float((patches[image, place] - c).norm()) for c in made.centres]
-            is_object = bool(made.is_object[distances.index(min(distances))])
+            is_object = bool(made.objectness[distances.index(min(distances))] > 0)
             assert bool(mask[image, place]) is is_object
             assert float(maps[image, 0, place]) == float(not is_object)
     assert 0 < mask.mean() < 1
 
 
 def test_maps__take_the_meaning_of_parts_from_anchors_only_when_anchored() -> None:
-    style = learner().patches(tokens()).style
+    style = learner().patches(tokens(), GRID).style
     for variant, same in (("anchored", True), ("paper", False)):
         made = learner(variant=variant, background="none", class_share=0.0)
         first, second = part_tokens(made, style)
@@ -215,7 +216,7 @@ def test_state__of_the_paper_variant_has_no_anchors_and_comes_back(
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_learning__moves_every_parameter(variant: str) -> None:
     made = learner(variant=variant, pixel_decoder=True, decoder_width=8)
-    known = made.patches(tokens())
+    known = made.patches(tokens(), GRID)
     patches, style, maps = known.features, known.style, made.maps(known, GRID)
     assert made.decoder is not None
     rebuilt = rebuilt_features(maps.flatten(2), patches)

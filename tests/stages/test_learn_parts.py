@@ -17,10 +17,10 @@ from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.learn_parts import learn_parts
 from semmae.stages.networks import open_encoder, open_learner, save_encoder
 from semmae.stages.part_start import (
+    objectness_of,
     part_order,
     position_share,
     started_learner,
-    vote_for_objects,
 )
 from semmae.storage.checkpoints import load_checkpoint
 from semmae.storage.part_store import PartStore
@@ -33,25 +33,25 @@ def last_line(run: Path) -> dict[str, float]:
     return line
 
 
-def test_vote_for_objects__finds_the_attended_middle() -> None:
+def test_objectness_of__finds_the_attended_middle() -> None:
     assigned = np.zeros((5, 16), dtype=np.int64)
     assigned[:, [5, 6, 9, 10]] = 1
     attention = np.where(assigned == 1, 0.1, 0.02).astype(np.float32)
-    assert vote_for_objects(assigned, attention, (4, 4), 2).tolist() == [False, True]
+    assert (objectness_of(assigned, attention, (4, 4), 2) > 0).tolist() == [False, True]
 
 
-def test_vote_for_objects__goes_by_the_border_where_attention_knows_nothing(
+def test_objectness_of__goes_by_the_border_where_attention_knows_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = np.broadcast_to(np.arange(64) // 8, (5, 64)).astype(np.int64)
     # Each row is a cluster: the first and last lie on the border, the others by a quarter.
     knowing = np.where((rows >= 2) & (rows <= 4), 0.03, 0.001).astype(np.float32)
     wanted = [False, False, True, True, True, False, False, False]
-    assert vote_for_objects(rows, knowing, (8, 8), 8).tolist() == wanted
+    assert (objectness_of(rows, knowing, (8, 8), 8) > 0).tolist() == wanted
     assert not capsys.readouterr().err
     ignorant = np.where(rows == 0, 0.03, 0.001).astype(np.float32)
     wanted = [False, True, True, True, True, True, True, False]
-    assert vote_for_objects(rows, ignorant, (8, 8), 8).tolist() == wanted
+    assert (objectness_of(rows, ignorant, (8, 8), 8) > 0).tolist() == wanted
     assert "the border alone votes" in capsys.readouterr().err
 
 
@@ -171,10 +171,10 @@ def test_started_learner__takes_positions_off_where_they_are_most_of_the_tokens(
     options = learn_options(world, tmp_path, background="none")
     learner = started_learner(tokens, (4, 4), options)
     assert learner.architecture.places == 16
-    assert learner.patches(tokens).features.mean(dim=0).abs().max() < 1e-4
+    assert learner.patches(tokens, (4, 4)).features.mean(dim=0).abs().max() < 1e-4
     kept = started_learner(tokens, (4, 4), replace(options, positions="keep"))
     assert kept.architecture.places == 0
-    assert kept.patches(tokens).features.mean(dim=0).abs().max() > 0.5
+    assert kept.patches(tokens, (4, 4)).features.mean(dim=0).abs().max() > 0.5
 
 
 @pytest.mark.parametrize("variant", ["kmeans", "image-kmeans", "colour", "attention", "grid"])

@@ -33,7 +33,7 @@ def learner(background: str, **changes: object) -> PartLearner:
         made.token_mean.fill_(3)
         made.token_std.fill_(2)
         made.centres.copy_(torch.randn(4, WIDTH))
-        made.is_object.copy_(torch.tensor([1.0, 0, 1, 0]))
+        made.objectness.copy_(torch.tensor([1.0, -1, 1, -1]))
     return made.requires_grad_(False)
 
 
@@ -50,22 +50,22 @@ def test_beside__has_as_many_ids_as_the_learner_and_its_statistics(
     for buffer in ("token_mean", "token_std", "class_mean", "class_std"):
         assert torch.equal(getattr(made, buffer), getattr(start, buffer))
     images = torch.randint(0, 256, (30, 6, 8, 3), dtype=torch.uint8)
-    maps = made.maps(made.patches(given, patch_colours(images, GRID)), GRID)
+    maps = made.maps(made.patches(given, GRID, patch_colours(images, GRID)), GRID)
     torch.testing.assert_close(maps.sum(dim=1), torch.ones(30, *GRID))
     assert not made.training
 
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_beside__shares_the_mask_where_it_is_meant_to(name: Baseline) -> None:
-    start, given = learner("voted", blur=0.0), tokens()
+    start, given = learner("voted", vote_blur=0.3), tokens()
     made = beside(start, given, GRID, name, seed=0)
-    mask = start.patches(given).objects
+    mask = start.patches(given, GRID).objects
     assert 0.1 < mask.mean() < 0.9
     if name in ("kmeans", "image_kmeans", "colour"):
-        assert torch.equal(made.patches(given).objects, mask)
+        assert torch.equal(made.patches(given, GRID).objects, mask)
     else:
         assert made.architecture.background == "none"
-        assert made.patches(given).objects.all()
+        assert made.patches(given, GRID).objects.all()
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -80,7 +80,7 @@ def test_beside__kmeans_is_made_of_object_tokens() -> None:
     start, given = learner("voted"), tokens(200)
     made = beside(start, given, GRID, "kmeans", seed=0)
     assert isinstance(made.scores, SetCentres)
-    patches = start.patches(given)
+    patches = start.patches(given, GRID)
     points = patches.features[patches.objects > 0]
     nearest = torch.cdist(points, made.scores.centres).argmin(dim=1)
     for part in range(3):
@@ -98,7 +98,7 @@ def test_beside__is_the_same_again_for_one_seed() -> None:
 def test_beside__the_grid_is_the_fixed_one() -> None:
     made = beside(learner("voted"), tokens(), GRID, "grid", seed=0)
     assert isinstance(made.scores, GridCells)
-    labels = made.maps(made.patches(tokens()), GRID).argmax(dim=1).flatten(1)
+    labels = made.maps(made.patches(tokens(), GRID), GRID).argmax(dim=1).flatten(1)
     assert np.array_equal(labels[0].numpy(), fixed_grid(*GRID, 4))
     assert (labels == labels[0]).all()
 
@@ -107,4 +107,4 @@ def test_beside__takes_over_the_means_of_places() -> None:
     start, given = learner("none", places=12), tokens()
     made = beside(start, given, GRID, "kmeans", seed=0)
     assert made.token_mean.shape == (12, WIDTH)
-    assert torch.equal(made.patches(given).features, start.patches(given).features)
+    assert torch.equal(made.patches(given, GRID).features, start.patches(given, GRID).features)
