@@ -9,6 +9,7 @@ pass and AdamW; with images it holds the encoder's forward, with cached tokens i
 """
 
 import argparse
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from semmae.models.autoencoder import SIZES
 from semmae.models.encoders import FrozenEncoder
 from semmae.models.parts import PartArchitecture, PartLearner
+from semmae.models.places import CELLS
 from semmae.pipeline.feeding import Batch
 from semmae.pipeline.loaders import SquashedData
 from semmae.pipeline.schedule import Draw
@@ -90,6 +92,8 @@ def learning(encoder: FrozenEncoder, images: NoiseImages, pixels: bool) -> PartL
         clusters=options.clusters,
         pixel_decoder=pixels,
         decoder_width=options.decoder_width,
+        grid_places=math.prod(encoder.native_size) // encoder.patch_size**2,
+        place_cells=CELLS,
     )
     learner = PartLearner(shape)
     learner.centres.normal_()

@@ -1,14 +1,18 @@
 """The part learner: which patch of an image belongs to which part (paper, section 3.1, figure 2).
 
-Part tokens, made with the class token, are compared with the patch tokens of a frozen encoder; the
-softmax over parts, blurred, is the attention map of each part.  The maps are trained so that the
-image, or the encoder's features of it, can be rebuilt from them, under a diversity constraint.
+Part tokens, made with the class token, are compared with what the patch tokens of a frozen encoder
+say; the softmax over parts, blurred, is the attention map of each part.  The maps are trained so
+that the image, or the features of its patches, can be rebuilt from them, under a diversity
+constraint.
+
+Features of a patch are its token, or (ours, the default of ``anchored``) the places where content
+such as its own lies in images, as `models.places` reads them from the tokens.
 
 What the paper leaves open stays available by name (`VARIANTS`).  Learned:
 
 - ``anchored`` (default).  Deviation: a part token is a learned anchor, started from k-means over
-  the data set, plus a small class-token term, and the maps rebuild the encoder's features from
-  the mean feature of each part.  One id keeps one meaning.
+  the data set, plus a small class-token term, and the maps rebuild the features from the mean
+  feature of each part.  One id keeps one meaning.
 - ``paper``: part tokens are linear in the class token, the maps rebuild pixels through the AdaIN
   decoder.  It segments each image well, but a part's id changes its meaning from image to image.
 
@@ -16,8 +20,9 @@ Baselines, with nothing to train: ``kmeans`` over the data set, ``image-kmeans``
 ``colour`` regions inside each image, the raw class-token ``attention`` of each head, and a fixed
 ``grid``.  All variants share background, blur and labels.
 
-Legend of shapes: B images, h w patches, L = h w, D width, S width of the class token, P channels of
-the part map, N parts that are told apart by the variant, C background clusters.
+Legend of shapes: B images, h w patches, L = h w, D width, S width of the class token, F width of
+features, P channels of the part map, N parts that are told apart by the variant, C background
+clusters.
 """
 
 from dataclasses import asdict, dataclass

@@ -251,9 +251,15 @@ def _places(
 ) -> PlacePredictor | None:
     windows = sample_windows(encoder, images, size, options.window_images, 2, options.seed)
     grid = (size[0] // encoder.patch_size, size[1] // encoder.patch_size)
-    return learn_places(
+    places = learn_places(
         windows, tokens.patches, grid, options.place_steps, options.seed, encoder.mean.device
     )
+    if places is None and options.told_by == "places":
+        raise SettingError(
+            "--told-by places: the encoder's tokens do not tell places; expected --told-by tokens "
+            "or auto, or another encoder"
+        )
+    return places
 
 
 def _some(tokens: Tokens, options: LearnPartsOptions) -> Tokens:

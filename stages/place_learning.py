@@ -145,7 +145,7 @@ def learn_places(
     told = _entropy(windows.cells) - float(np.average(unseen, weights=sizes))
     print(f"patch tokens tell {told:.2f} nats of where they lie in the image", file=sys.stderr)
     if told < LEAST_TOLD:
-        print("that is too little: parts are told by the tokens themselves", file=sys.stderr)
+        print("that is too little for parts to be told by places", file=sys.stderr)
         return None
     _measure(model.cpu(), tokens, grid)
     return model

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from semmae.errors import SettingError
 from semmae.models.encoders import FrozenEncoder, Tokens
 from semmae.models.places import CELLS
 from semmae.models.vision import scaled
@@ -112,7 +113,7 @@ def test_learn_places__says_so_where_tokens_tell_nothing(
 ) -> None:
     windows, tokens = windows_and_tokens(source(tmp_path, silent))
     assert learn_places(windows, tokens, (8, 8), 30, 0, CPU) is None
-    assert "parts are told by the tokens themselves" in capsys.readouterr().err
+    assert "too little for parts" in capsys.readouterr().err
 
 
 def test_learn_parts__by_places_resumes_and_opens(
@@ -131,6 +132,16 @@ def test_learn_parts__by_places_resumes_and_opens(
     again = open_learner(learn_parts(options).parent.parent)
     for name, value in trained.learner.state_dict().items():
         assert torch.equal(value, again.learner.state_dict()[name])
+
+
+def test_learn_parts__refuses_places_that_tokens_do_not_tell(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place_learning, "LEAST_TOLD", 100.0)
+    with pytest.raises(SettingError, match="do not tell places"):
+        learn_parts(learn_options(world, tmp_path / "refused", told_by="places"))
+    learn_parts(learn_options(world, tmp_path / "run", told_by="auto", background="none"))
+    assert open_learner(tmp_path / "run").learner.places is None
 
 
 def test_learn_parts__by_tokens_learns_no_places(world: World, tmp_path: Path) -> None:
