@@ -1,29 +1,36 @@
-"""Gaussian blur of maps over a grid of patches."""
+"""Blur of maps over a grid of patches, between patches that are alike.
+
+Legend of shapes: B images, L = h w patches, D width.
+"""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def gaussian(deviation: float) -> Tensor:
-    """A one-dimensional Gaussian that sums to 1, cut at two deviations (at least one place)."""
-    reach = max(int(2 * deviation + 0.5), 1) if deviation > 0 else 0
-    places = torch.arange(-reach, reach + 1, dtype=torch.float32)
-    weights = torch.exp(-0.5 * (places / max(deviation, 1e-6)) ** 2)
-    return weights / weights.sum()
+def affinities(
+    tokens: Tensor, grid: tuple[int, int], deviation: float, temperature: float
+) -> Tensor:
+    """How much each patch takes over from each other in a blur: a bilateral filter's weights.
 
-
-def blurred(maps: Tensor, kernel: Tensor) -> Tensor:
-    """Each map blurred down and across; the border goes on outside, so that sums stay.
+    Ours.  A Gaussian of the distance, times the exponential of the tokens' cosine: the maps are
+    smooth inside of things and sharp at their borders, which the Gaussian alone would wash out.
 
     Args:
-        maps: (B, P, h, w).
-        kernel: From `gaussian`.
+        tokens: (B, L, D), standardised.
+        grid: (h, w), with h w = L.
+        deviation: Of the Gaussian, patches; above 0.
+        temperature: That cosines are divided by; 0 leaves the Gaussian alone.
+
+    Returns:
+        (B, L, L), rows sum to 1; multiplied from the left, they blur what has a row a patch.
     """
-    if len(kernel) == 1:
-        return maps
-    channels, reach = maps.shape[1], len(kernel) // 2
-    row = kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
-    padded = F.pad(maps, (reach, reach, reach, reach), mode="replicate")
-    across = F.conv2d(padded, row, groups=channels)
-    return F.conv2d(across, row.transpose(2, 3), groups=channels)
+    rows = torch.arange(grid[0], device=tokens.device, dtype=tokens.dtype)
+    columns = torch.arange(grid[1], device=tokens.device, dtype=tokens.dtype)
+    places = torch.cartesian_prod(rows, columns)
+    apart = (places[:, None] - places).square().sum(dim=2)
+    near = -apart / (2 * deviation**2)
+    if not temperature:
+        return near.softmax(dim=1).expand(len(tokens), -1, -1)
+    unit = F.normalize(tokens, dim=2)
+    return (unit @ unit.transpose(1, 2) / temperature + near).softmax(dim=2)

@@ -30,6 +30,7 @@ class Patches:
         style: (B, S), standardised class tokens.
         attention: (B, A, L), the class token's attention, by head.
         objects: (B, L), 1 on objects, 0 on background.
+        alike: (B, L, L), from `blur.affinities`; None where nothing is blurred.
         colours: (B, L, 3), mean RGB of each patch, 0 to 255; None where no image was given.
     """
 
@@ -37,6 +38,7 @@ class Patches:
     style: Tensor
     attention: Tensor
     objects: Tensor
+    alike: Tensor | None = None
     colours: Tensor | None = None
 
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import SettingError
-from .blur import blurred, gaussian
+from .blur import affinities
 from .decoder import PixelDecoder
 from .encoders import Tokens
 from .part_scores import (
@@ -67,8 +67,10 @@ class PartArchitecture:
         clusters: C, for ``voted``.
         class_share: Weight of the class-token term against the anchor, both of unit length.
         temperature: Of the softmax over parts.
-        blur: Standard deviation of the Gaussian blur of the maps, patches; 0 does not blur.
-        vote_blur: Likewise of the vote for the background, before it is cast.
+        blur: Standard deviation of the blur of the maps, and of the vote for the background before
+            it is cast, patches; 0 does not blur.
+        affinity: Temperature of the cosines of patch tokens that the blur goes by, too; 0 blurs by
+            distance alone.
         pixel_decoder: Whether there is an AdaIN decoder to pixels.
         decoder_width: C of its first layer.
         decoder_noise: Per-layer noise in it.
@@ -87,8 +89,8 @@ class PartArchitecture:
     clusters: int = 128
     class_share: float = 0.2
     temperature: float = 0.1
-    blur: float = 0.7
-    vote_blur: float = 1.0
+    blur: float = 2.0
+    affinity: float = 0.3
     pixel_decoder: bool = False
     decoder_width: int = 64
     decoder_noise: bool = False
@@ -106,10 +108,10 @@ class PartArchitecture:
             raise SettingError(f"--num-parts is {self.parts}: expected 1 to 250")
         if self.background == "voted" and self.clusters < 2:
             raise SettingError(f"--clusters is {self.clusters}: expected 2 or more")
-        if self.temperature <= 0 or min(self.blur, self.vote_blur) < 0:
+        if self.temperature <= 0 or min(self.blur, self.affinity) < 0:
             raise SettingError(
-                f"--temperature is {self.temperature}, --blur {self.blur} and --vote-blur "
-                f"{self.vote_blur}: expected above 0, 0 or more, and 0 or more"
+                f"--temperature is {self.temperature}, --blur {self.blur} and --affinity "
+                f"{self.affinity}: expected above 0, 0 or more, and 0 or more"
             )
         if self.background == "token" and self.variant not in LEARNED:
             raise SettingError(
@@ -170,8 +172,6 @@ class PartLearner(nn.Module):
     class_std: Tensor
     centres: Tensor
     objectness: Tensor
-    kernel: Tensor
-    vote_kernel: Tensor
 
     def __init__(self, architecture: PartArchitecture) -> None:
         super().__init__()
@@ -198,8 +198,6 @@ class PartLearner(nn.Module):
         clusters = shape.clusters if shape.background == "voted" else 0
         self.register_buffer("centres", torch.zeros(clusters, shape.width))
         self.register_buffer("objectness", torch.zeros(clusters))
-        self.register_buffer("kernel", gaussian(shape.blur), persistent=False)
-        self.register_buffer("vote_kernel", gaussian(shape.vote_blur), persistent=False)
 
     def patches(
         self, tokens: Tokens, grid: tuple[int, int], colours: Tensor | None = None
@@ -211,11 +209,17 @@ class PartLearner(nn.Module):
             grid: (h, w), with h w = L.
             colours: (B, L, 3), from `patch_colours`; needed by the variant ``colour`` alone.
         """
-        standard = self.standardised(tokens)
-        features = standard if self.places is None else self.places.features(tokens.patches, grid)
-        style = (tokens.class_token.float() - self.class_mean) / self.class_std
-        objects = self.object_mask(standard, grid)
-        return Patches(features, style, tokens.attention.float(), objects, colours)
+        # The three digits of bf16 would tie parts, and the maps would not sum to 1.
+        with torch.autocast(tokens.patches.device.type, enabled=False):
+            standard = features = self.standardised(tokens)
+            if self.places is not None:
+                features = self.places.features(tokens.patches, grid)
+            style = (tokens.class_token.float() - self.class_mean) / self.class_std
+            shape, alike = self.architecture, None
+            if shape.blur:
+                alike = affinities(standard, grid, shape.blur, shape.affinity)
+            objects = self._objects(standard, alike)
+            return Patches(features, style, tokens.attention.float(), objects, alike, colours)
 
     def standardised(self, tokens: Tokens) -> Tensor:
         """Patch tokens (B, L, D) of zero mean and unit variance over the data set."""
@@ -232,29 +236,26 @@ class PartLearner(nn.Module):
             (B, P, h, w), blurred, summing to 1 at each place; channel 0 is the background unless
             ``background`` is ``none``.
         """
-        # The three digits of bf16 would tie parts, and the maps would not sum to 1.
         with torch.autocast(patches.features.device.type, enabled=False):
             maps = self.scores(patches)
             if self.architecture.background == "voted":
                 objects = patches.objects[:, None]
                 maps = torch.cat([1 - objects, maps * objects], dim=1)
-            return blurred(maps.unflatten(2, grid), self.kernel)
+            if patches.alike is not None:
+                maps = maps @ patches.alike.transpose(1, 2)
+            return maps.unflatten(2, grid)  # type: ignore[no-any-return]
 
-    def object_mask(self, standard: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Which patches belong to an object, by the blurred vote of their clusters.
+    def _objects(self, standard: Tensor, alike: Tensor | None) -> Tensor:
+        """Which patches belong to an object, by the blurred vote of their clusters, (B, L).
 
-        Args:
-            standard: (B, L, D), standardised patch tokens.
-            grid: (h, w).
-
-        Returns:
-            float (B, L), 1 on objects, 0 on background; all 1 without a voted background.
+        1 on objects, 0 on background; all 1 without a voted background.
         """
         if self.architecture.background != "voted":
             return standard.new_ones(standard.shape[:2])
         votes = self.objectness[torch.cdist(standard, self.centres).argmin(dim=-1)]
-        around = blurred(votes.reshape(-1, 1, *grid), self.vote_kernel)
-        return (around.flatten(1) > 0).to(standard.dtype)
+        if alike is not None:
+            votes = (alike @ votes[..., None])[..., 0]
+        return (votes > 0).to(standard.dtype)
 
     def forward(
         self, tokens: Tokens, grid: tuple[int, int], images: Tensor | None = None

@@ -71,10 +71,14 @@ class LearnPartsOptions(TrainingOptions):
     ] = "area"
     class_share: Annotated[float, "Weight of the class-token term in anchored part tokens."] = 0.2
     temperature: Annotated[float, "Of the softmax over parts."] = 0.1
-    blur: Annotated[float, "Standard deviation of the blur of the maps, patches."] = 0.7
-    vote_blur: Annotated[
-        float, "Standard deviation of the blur of the vote for the background, patches."
-    ] = 1.0
+    blur: Annotated[
+        float, "Standard deviation of the blur of maps and background vote, patches."
+    ] = 2.0
+    affinity: Annotated[
+        float,
+        "Temperature of the cosines of patch tokens that the blur goes by, too; 0: by distance "
+        "alone.",
+    ] = 0.3
     diversity_weight: Annotated[float, "Of the diversity constraint."] = 0.1
     feature_weight: Annotated[
         float | None, "Of rebuilding the encoder's features; default 1 if anchored, 0 if paper."
@@ -114,8 +118,8 @@ class LearnPartsOptions(TrainingOptions):
         require(self.cached_images >= 0, "cached_images", self.cached_images, "0 or more")
         parse_reading(self.blocks, self.facet, self.pooled)
         require(self.class_share >= 0, "class_share", self.class_share, "0 or more")
-        for name in ("blur", "vote_blur"):
-            require(0 <= getattr(self, name) <= 8, name, getattr(self, name), "0 to 8 patches")
+        require(0 <= self.blur <= 8, "blur", self.blur, "0 to 8 patches")
+        require(self.affinity >= 0, "affinity", self.affinity, "0 or more")
         for loss, weight in self.loss_weights.items():
             flag = f"{loss.removesuffix('s')}_weight"
             require(weight >= 0, flag, weight, "0 or more")

@@ -162,7 +162,7 @@ def _shaped(
             class_share=options.class_share,
             temperature=options.temperature,
             blur=options.blur,
-            vote_blur=options.vote_blur,
+            affinity=options.affinity,
             pixel_decoder=options.variant in LEARNED and options.rebuilds_pixels,
             decoder_width=options.decoder_width,
             decoder_noise=options.decoder_noise,

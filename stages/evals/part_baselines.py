@@ -49,8 +49,7 @@ def beside(
     shape = _shape(learner.architecture, variant, tokens.attention.shape[1], grid)
     made = PartLearner(shape).eval().requires_grad_(False)
     for name, own in made.named_buffers(recurse=False):
-        # Without a background there is no vote to take over, and the blur may be another.
-        if name != "kernel" and len(own):
+        if len(own):  # without a background there is no vote to take over
             own.copy_(getattr(learner, name))
     points = tokens.patches[:0]
     if shape.variant == "kmeans":

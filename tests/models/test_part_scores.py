@@ -138,7 +138,11 @@ def test_image_centres__of_colours_see_no_tokens() -> None:
     first, second = (
         scores(
             Patches(
-                torch.randn(2, 12, WIDTH), torch.zeros(2, 1), torch.zeros(2, 1, 1), ones, colours
+                torch.randn(2, 12, WIDTH),
+                torch.zeros(2, 1),
+                torch.zeros(2, 1, 1),
+                ones,
+                colours=colours,
             )
         )
         for ones in (torch.ones(2, 12), torch.ones(2, 12))

@@ -1,3 +1,4 @@
+import itertools
 import math
 from typing import Any
 
@@ -8,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from semmae.errors import SettingError
-from semmae.models.blur import blurred, gaussian
 from semmae.models.encoders import Tokens
 from semmae.models.part_scores import AnchoredTokens, ClassTokens
 from semmae.models.parts import (
@@ -57,20 +57,20 @@ def random_maps(parts: int, places: int, seed: int, count: int = 2) -> Tensor:
     return torch.randn(count, parts, places, generator=generator).mul(3).softmax(dim=1)
 
 
-def slow_blur(image: Tensor, deviation: float) -> Tensor:
-    """A Gaussian blur place by place; what lies outside is the nearest place inside."""
-    reach = max(int(2 * deviation + 0.5), 1)
-    weight = [math.exp(-0.5 * (i / deviation) ** 2) for i in range(-reach, reach + 1)]
+def slow_blur(image: Tensor, patches: Tensor, deviation: float, temperature: float) -> Tensor:
+    """A bilateral blur place by place, of a map (h, w), by the standardised patches (L, D)."""
     rows, columns = image.shape
-    blurred = torch.zeros(rows, columns)
-    for row in range(rows):
-        for column in range(columns):
-            for i in range(-reach, reach + 1):
-                for j in range(-reach, reach + 1):
-                    place = min(max(row + i, 0), rows - 1), min(max(column + j, 0), columns - 1)
-                    share = weight[i + reach] * weight[j + reach] / sum(weight) ** 2
-                    blurred[row, column] += share * image[place]
-    return blurred
+    made = torch.zeros(rows, columns)
+    for row, column in itertools.product(range(rows), range(columns)):
+        shares = torch.zeros(rows, columns)
+        for y, x in itertools.product(range(rows), range(columns)):
+            share = math.exp(-((row - y) ** 2 + (column - x) ** 2) / (2 * deviation**2))
+            if temperature:
+                one, other = patches[row * columns + column], patches[y * columns + x]
+                share *= math.exp(float(one @ other / (one.norm() * other.norm())) / temperature)
+            shares[y, x] = share
+        made[row, column] = (shares * image).sum() / shares.sum()
+    return made
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -132,17 +132,27 @@ def test_maps__are_a_softmax_over_cosines(background: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("blur", [0.3, 0.7, 1.5])
-def test_blur__is_that_of_a_plain_loop(blur: float) -> None:
-    sharp = learner(blur=0.0)(tokens(1), GRID)[0]
-    blurred = learner(blur=blur)(tokens(1), GRID)[0]
-    for before, after in zip(sharp, blurred, strict=True):
-        torch.testing.assert_close(after, slow_blur(before, blur), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("affinity", [0.0, 0.3])
+@pytest.mark.parametrize("blur", [0.3, 0.7, 2.0])
+def test_blur__is_that_of_a_plain_loop(blur: float, affinity: float) -> None:
+    sharp = learner(blur=0.0, background="none")(tokens(1), GRID)[0]
+    made = learner(blur=blur, affinity=affinity, background="none")
+    patches = made.standardised(tokens(1))[0]
+    for before, after in zip(sharp, made(tokens(1), GRID)[0], strict=True):
+        wanted = slow_blur(before, patches, blur, affinity)
+        torch.testing.assert_close(after, wanted, rtol=0, atol=1e-5)
 
 
-def test_blur__of_zero_changes_nothing() -> None:
-    maps = torch.rand(2, 5, *GRID)
-    assert blurred(maps, gaussian(0.0)) is maps
+@pytest.mark.parametrize("affinity", [0.0, 1.0])
+def test_blur__of_the_vote_comes_before_it_is_cast(affinity: float) -> None:
+    made = learner(blur=2.0, affinity=affinity)
+    known = made.patches(tokens(), GRID)
+    sharp = learner(blur=0.0).patches(tokens(), GRID).objects - 0.5
+    for image in range(len(sharp)):
+        patches = made.standardised(tokens())[image]
+        wanted = slow_blur(sharp[image].view(GRID), patches, 2.0, affinity) > 0
+        assert torch.equal(known.objects[image].view(GRID) > 0, wanted)
+    assert not torch.equal(known.objects, sharp + 0.5)
 
 
 def test_standardise__undoes_mean_and_deviation() -> None:
@@ -161,7 +171,7 @@ def test_standardise__undoes_mean_and_deviation() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_maps__move_with_the_patches(variant: str, background: str) -> None:
-    made = learner(variant=variant, background=background, blur=0.0, vote_blur=0.0)
+    made = learner(variant=variant, background=background, blur=0.0)
     given_tokens = tokens()
     order = torch.randperm(15, generator=torch.Generator().manual_seed(3))
     moved = Tokens(given_tokens.class_token, given_tokens.patches[:, order], torch.zeros(0))
@@ -171,7 +181,7 @@ def test_maps__move_with_the_patches(variant: str, background: str) -> None:
 
 @torch.no_grad()
 def test_maps__of_the_voted_background_follow_the_clusters() -> None:
-    made = learner(blur=0.0, vote_blur=0.0)
+    made = learner(blur=0.0)
     known = made.patches(tokens(), GRID)
     patches, mask = known.features, known.objects
     maps = made.maps(known, GRID).flatten(2)

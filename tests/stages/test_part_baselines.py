@@ -57,7 +57,7 @@ def test_beside__has_as_many_ids_as_the_learner_and_its_statistics(
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_beside__shares_the_mask_where_it_is_meant_to(name: Baseline) -> None:
-    start, given = learner("voted", vote_blur=0.3), tokens()
+    start, given = learner("voted", blur=0.3, affinity=0.0), tokens()
     made = beside(start, given, GRID, name, seed=0)
     mask = start.patches(given, GRID).objects
     assert 0.1 < mask.mean() < 0.9
