@@ -33,9 +33,9 @@ found something else, and parts are learned without it."""
 LEAST_AGREEMENT = 0.3
 """Least correlation, over clusters, of attention and absence from the border, for both to vote."""
 
-AWAY_FROM_BORDER = 0.8
-"""Share of a cluster's patches on the border, over that of all patches, below which the border
-alone calls it object."""
+AWAY_FROM_BORDER = 0.4
+"""Standard deviations, over patches, below the mean of how much clusters lie on the border, from
+which the border alone calls a cluster object."""
 
 POSITION_SHARE = 0.5
 """Share of the tokens' variance that place may explain before parts would be places."""
@@ -100,7 +100,9 @@ def objectness_of(
         "border alone votes for the background",
         file=sys.stderr,
     )
-    return np.asarray(AWAY_FROM_BORDER - bordering)
+    # The mean over patches is 1.
+    spread = np.sqrt(np.average((bordering - 1) ** 2, weights=counts))
+    return np.asarray(1 - AWAY_FROM_BORDER * spread - bordering)
 
 
 def _correlation(
