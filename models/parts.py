@@ -132,7 +132,7 @@ class PartArchitecture:
     @property
     def feature_width(self) -> int:
         """F, channels of what parts are told by."""
-        return self.place_cells**2 or self.width
+        return self.place_cells**2 // 2 or self.width
 
     def to_record(self) -> dict[str, Any]:
         """Plain data, for checkpoints."""

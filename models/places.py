@@ -7,7 +7,9 @@ the whole image each patch lies.  It sees nothing but the window, so it can only
 what it predicts, a distribution over places, is alike for the same part of things of any look.  The
 task is that of position prediction (Zhai et al. 2022, MP3), asked of tokens that are frozen.
 
-Legend of shapes: B images, L = h w patches, D width, Q = cells a side squared.
+Mirrored things have the same parts, so left and right are folded together in the features.
+
+Legend of shapes: B images, L = h w patches, D width, Q = cells a side squared, F = Q / 2 features.
 """
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 CELLS = 8
-"""Cells a side that places are told by."""
+"""Cells a side that places are told by; even, so that left and right can be folded together."""
 
 HIDDEN = 128
 """Channels of the predictor's hidden layers."""
@@ -27,7 +29,7 @@ class PlacePredictor(nn.Module):
     Two hidden layers, the second over 3 x 3 patches, since what surrounds a patch tells its part.
 
     Buffers, set by `stages.place_learning` over a data set: ``token_mean`` (L, D), the mean token
-    of each place, which must not tell it, and ``token_std`` (D); ``root_mean`` (Q) and
+    of each place, which must not tell it, and ``token_std`` (D); ``root_mean`` (F) and
     ``root_std`` (one number) standardise the features.
 
     Args:
@@ -49,7 +51,7 @@ class PlacePredictor(nn.Module):
         self.last = nn.Conv2d(HIDDEN, cells**2, 1)
         self.register_buffer("token_mean", torch.zeros(patches, width))
         self.register_buffer("token_std", torch.ones(width))
-        self.register_buffer("root_mean", torch.zeros(cells**2))
+        self.register_buffer("root_mean", torch.zeros(cells**2 // 2))
         self.register_buffer("root_std", torch.ones(()))
 
     def forward(self, tokens: Tensor, grid: tuple[int, int], dropout: float = 0.0) -> Tensor:
@@ -68,15 +70,19 @@ class PlacePredictor(nn.Module):
         return self.last(hidden).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
     def roots(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Square roots of the shares of cells, of whole images' tokens (B, L, D): (B, L, Q).
+        """Square roots of the shares of cells, of whole images' tokens (B, L, D): (B, L, F).
 
-        Euclidean distance between them is Hellinger's distance of the distributions.
+        A cell's share is that of itself and its mirror image.  Euclidean distance between roots is
+        Hellinger's distance of the distributions.
         """
         standard = (tokens.float() - self.token_mean) / self.token_std
-        return self(standard, grid).softmax(dim=2).sqrt()  # type: ignore[no-any-return]
+        shares: Tensor = self(standard, grid).softmax(dim=2)
+        shares = shares.reshape(*shares.shape[:2], self.cells, self.cells)
+        folded = (shares + shares.flip(3))[..., : self.cells // 2]
+        return folded.flatten(2).sqrt()
 
     def features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The roots less their mean, at unit variance over all cells, (B, L, Q)."""
+        """The roots less their mean, at unit variance over all cells, (B, L, F)."""
         return (self.roots(tokens, grid) - self.root_mean) / self.root_std
 
 

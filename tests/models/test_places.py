@@ -34,8 +34,16 @@ def test_cells_of__are_where_the_patches_were_seen(scale: tuple[float, float]) -
 
 def test_roots__are_of_shares() -> None:
     roots = predictor().roots(torch.randn(5, 12, WIDTH), GRID)
-    assert roots.shape == (5, 12, 16)
+    assert roots.shape == (5, 12, 8)
     torch.testing.assert_close(roots.square().sum(dim=2), torch.ones(5, 12))
+
+
+def test_roots__know_no_left_and_right() -> None:
+    made, tokens = predictor(), torch.randn(5, 12, WIDTH)
+    before = made.roots(tokens, GRID)
+    for own in made.last.parameters():
+        own.copy_(own.view(4, 4, -1).flip(1).reshape(own.shape))
+    torch.testing.assert_close(made.roots(tokens, GRID), before)
 
 
 def test_roots__go_by_tokens_less_the_mean_of_their_place() -> None:
@@ -46,7 +54,7 @@ def test_roots__go_by_tokens_less_the_mean_of_their_place() -> None:
 
 def test_features__are_standardised_roots() -> None:
     made, tokens = predictor(), torch.randn(5, 12, WIDTH)
-    made.root_mean.copy_(torch.rand(16))
+    made.root_mean.copy_(torch.rand(8))
     made.root_std.fill_(0.25)
     wanted = (made.roots(tokens, GRID) - made.root_mean) * 4
     torch.testing.assert_close(made.features(tokens, GRID), wanted)

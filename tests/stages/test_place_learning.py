@@ -100,8 +100,8 @@ def test_learn_places__tells_the_place_from_content_that_tells_it(
     assert model is not None
     assert "nats of where they lie" in capsys.readouterr().err
     features = model.features(mixed, (8, 8))
-    assert features.shape == (30, 64, CELLS**2)
-    torch.testing.assert_close(features.mean(dim=(0, 1)), torch.zeros(64), rtol=0, atol=1e-4)
+    assert features.shape == (30, 64, CELLS**2 // 2)
+    torch.testing.assert_close(features.mean(dim=(0, 1)), torch.zeros(32), rtol=0, atol=1e-4)
     assert float(features.square().mean()) == pytest.approx(1, abs=1e-3)
     again = learn_places(windows, mixed, (8, 8), 200, 0, CPU)
     assert again is not None
@@ -124,7 +124,7 @@ def test_learn_parts__by_places_resumes_and_opens(
     learn_parts(options)
     trained = open_learner(tmp_path / "run")
     assert trained.learner.architecture.place_cells == CELLS
-    assert trained.learner.architecture.feature_width == CELLS**2
+    assert trained.learner.architecture.feature_width == CELLS**2 // 2
     assert trained.learner.places is not None
     images = torch.randint(0, 256, (3, *trained.image_size, 3), dtype=torch.uint8)
     maps = trained.learner(trained.encoder(images), trained.grid)
