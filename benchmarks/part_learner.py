@@ -10,7 +10,6 @@ the sample standard deviation; percent, but ``dead`` counts parts.
 """
 
 import argparse
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -38,7 +37,6 @@ from semmae.stages.part_training import CachedTokens, PartLearning
 from semmae.stages.place_learning import Windows, learn_places, sample_windows
 
 STEPS, BATCH, LEARNING_RATE, AT_ONCE = 400, 48, 1e-3, 64
-PLACE_STEPS = 1500
 
 VARIANTS: dict[str, dict[str, object]] = {
     "anchored": {},
@@ -97,15 +95,14 @@ class Bench:
     def places(self, seed: int) -> PlacePredictor | None:
         """The predictor of places, the same for all variants."""
         tokens = self.train.tokens["whole"].patches
-        return learn_places(
-            self.windows, tokens, self.grid, PLACE_STEPS, seed, self.encoder.mean.device
-        )
+        steps, device = LearnPartsOptions.place_steps, self.encoder.mean.device
+        return learn_places(self.windows, tokens, self.grid, steps, seed, device)
 
     def learned(self, changes: dict[str, object], seed: int) -> PartLearner:
         """A learner after `STEPS` steps on the train tokens, or at once if nothing is learned."""
         options = LearnPartsOptions(data="", encoder="", output=Path(), seed=seed, **changes)  # type: ignore[arg-type]
         tokens = self.train.tokens["whole"]
-        places = copy.deepcopy(self.places(seed)) if options.by_places else None
+        places = self.places(seed) if options.by_places else None
         learner = started_learner(tokens, self.grid, options, places)
         if options.variant not in LEARNED:
             return learner.eval()

@@ -218,7 +218,7 @@ def learn_parts(options: LearnPartsOptions) -> Path:
         assert tokens is not None
         grid = (size[0] // encoder.patch_size, size[1] // encoder.patch_size)
         some = _some(tokens, options)
-        places = _places(encoder, images, size, some, options) if options.by_places else None
+        places = _places(encoder, images, size, some, grid, options) if options.by_places else None
         learner = started_learner(some, grid, options, places)
     task = PartLearning(encoder, learner, data, SquashedData(images, size), options, size)
     return fit(task, options) if learned else keep(task, options)
@@ -251,10 +251,11 @@ def _places(
     images: ImageSource,
     size: tuple[int, int],
     tokens: Tokens,
+    grid: tuple[int, int],
     options: LearnPartsOptions,
 ) -> PlacePredictor | None:
+    """What parts are told by, unless the tokens tell too little of it."""
     windows = sample_windows(encoder, images, size, options.window_images, 2, options.seed)
-    grid = (size[0] // encoder.patch_size, size[1] // encoder.patch_size)
     places = learn_places(
         windows, tokens.patches, grid, options.place_steps, options.seed, encoder.mean.device
     )

@@ -10,10 +10,9 @@ from torch.nn import functional as F
 
 from ..models.encoders import FrozenEncoder
 from ..models.places import CELLS, PlacePredictor, cells_of
-from ..models.vision import normalise_pixels, scaled
 from ..pipeline.image_source import ImageSource, batches_in_order, drawn
 from ..pipeline.progress import Progress
-from ..pipeline.views import draw_view
+from .second_views import look_again
 
 AREA = (0.2, 0.32)
 """Share of the image's area in a window: half of each side, a little more or less."""
@@ -76,10 +75,9 @@ def sample_windows(
     ):
         torch.default_generator.manual_seed(seed)
         for _, read in batches_in_order(images, size, 64, "squash", chosen):
-            whole = scaled(torch.from_numpy(read).to(device)).repeat_interleave(each, dim=0)
-            view = draw_view(whole, pixels_of_window, AREA)
-            pixels = normalise_pixels(view.pixels, encoder.mean, encoder.std)
-            tokens.append(encoder.features(pixels).patches.half().cpu())
+            whole = torch.from_numpy(read).to(device).repeat_interleave(each, dim=0)
+            view = look_again(encoder, whole, pixels_of_window, AREA)
+            tokens.append(view.tokens.patches.half().cpu())
             cells.append(cells_of(view.frame, grid, CELLS).cpu())
             progress.update(len(read))
     return Windows(torch.cat(tokens), torch.cat(cells), grid)
@@ -139,10 +137,11 @@ def learn_places(
             schedule.step()
             progress.update(1)
     model.requires_grad_(False)
+    unseen = torch.split(torch.arange(held), _AT_ONCE)
     with torch.no_grad():
-        unseen = [float(loss_of(model, rows)) for rows in torch.split(torch.arange(held), _AT_ONCE)]
-    sizes = [len(rows) for rows in torch.split(torch.arange(held), _AT_ONCE)]
-    told = _entropy(windows.cells) - float(np.average(unseen, weights=sizes))
+        losses = [float(loss_of(model, rows)) for rows in unseen]
+    left = np.average(losses, weights=[len(rows) for rows in unseen])
+    told = _entropy(windows.cells) - float(left)
     print(f"patch tokens tell {told:.2f} nats of where they lie in the image", file=sys.stderr)
     if told < LEAST_TOLD:
         print("that is too little for parts to be told by places", file=sys.stderr)

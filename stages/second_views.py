@@ -35,14 +35,21 @@ class SecondView:
 
 
 @torch.no_grad()
-def look_again(encoder: FrozenEncoder, images: Tensor) -> SecondView:
-    """Encode a random crop of each image, mirrored by half, at the size of the whole image.
+def look_again(
+    encoder: FrozenEncoder,
+    images: Tensor,
+    size: tuple[int, int] | None = None,
+    scale: float | tuple[float, float] = SCALE,
+) -> SecondView:
+    """Encode a random crop of each image, mirrored by half.
 
     Args:
         encoder: The frozen encoder.
         images: uint8 (B, H, W, 3), RGB, on its device.  Randomness is torch's CPU generator.
+        size: Pixels of the view, down and across; None: those of the whole image.
+        scale: As in `pipeline.views.draw_view`.
     """
-    view = draw_view(scaled(images), (images.shape[1], images.shape[2]), SCALE)
+    view = draw_view(scaled(images), size or (images.shape[1], images.shape[2]), scale)
     pixels = normalise_pixels(view.pixels, encoder.mean, encoder.std)
     return SecondView(encoder.features(pixels), view.frame)
 
