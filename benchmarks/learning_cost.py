@@ -94,10 +94,10 @@ def learning(encoder: FrozenEncoder, images: NoiseImages, pixels: bool) -> PartL
         decoder_width=options.decoder_width,
         grid_places=math.prod(encoder.native_size) // encoder.patch_size**2,
         place_cells=CELLS,
+        told_by="places",
+        background="predicted",
     )
     learner = PartLearner(shape)
-    learner.centres.normal_()
-    learner.objectness[::2] = 1
     data = cast(SquashedData, images)
     return PartLearning(encoder, learner, data, data, options, encoder.native_size)
 

@@ -32,25 +32,29 @@ from semmae.stages.evals.part_probe import probe_parts
 from semmae.stages.evals.part_views import EncodedViews, View, encoded_views, joined
 from semmae.stages.learn_parts import LearnPartsOptions
 from semmae.stages.networks import open_encoder
-from semmae.stages.part_start import position_share, started_learner
+from semmae.stages.part_start import position_share, started_learner, voting_learner
 from semmae.stages.part_training import CachedTokens, PartLearning
-from semmae.stages.place_learning import Windows, learn_places, sample_windows
+from semmae.stages.place_learning import learn_places, sample_views
 
 STEPS, BATCH, LEARNING_RATE, AT_ONCE = 400, 48, 1e-3, 64
 
 VARIANTS: dict[str, dict[str, object]] = {
     "anchored": {},
     "by tokens": {"told_by": "tokens"},
-    "blur by distance": {"blur": 0.7, "affinity": 0.0},
     "kmeans by places": {"variant": "kmeans", "told_by": "places"},
+    "voted background": {"background": "voted"},
     "no background": {"background": "none"},
     "class share 0": {"class_share": 0.0},
     "class share 0.5": {"class_share": 0.5},
     "diversity 0": {"diversity_weight": 0.0},
     "blur 0": {"blur": 0.0},
-    "blur 1": {"blur": 1.0},
+    "blur 2": {"blur": 2.0},
+    "averaging 0": {"averaging": 0.0},
+    "averaging 1": {"averaging": 1.0},
+    "affinity 0": {"affinity": 0.0},
     "affinity 0.2": {"affinity": 0.2},
-    "clusters 24": {"clusters": 24},
+    "5 parts": {"num_parts": 5},
+    "voted, clusters 24": {"background": "voted", "clusters": 24},
     "temperature 0.05": {"temperature": 0.05},
     "temperature 0.2": {"temperature": 0.2},
     "positions kept": {"positions": "keep"},
@@ -89,20 +93,26 @@ class Bench:
     val: EncodedViews
     moved: EncodedViews
     truth: Evidence
-    windows: Windows
+    place_images: int
 
     @cache  # noqa: B019 - lives as long as the bench
-    def places(self, seed: int) -> PlacePredictor | None:
+    def places(self, seed: int) -> PlacePredictor:
         """The predictor of places, the same for all variants."""
-        tokens = self.train.tokens["whole"].patches
-        steps, device = LearnPartsOptions.place_steps, self.encoder.mean.device
-        return learn_places(self.windows, tokens, self.grid, steps, seed, device)
+        options = LearnPartsOptions(data="", encoder="", output=Path(), seed=seed)
+        tokens = self.train.tokens["whole"]
+        voter = voting_learner(tokens, self.grid, options)
+        views = sample_views(
+            self.encoder, voter, self.train_images, self.size, self.place_images, seed
+        )
+        device = self.encoder.mean.device
+        steps = options.place_steps
+        return learn_places(views, tokens.patches, self.grid, steps, seed, device)[0]
 
     def learned(self, changes: dict[str, object], seed: int) -> PartLearner:
         """A learner after `STEPS` steps on the train tokens, or at once if nothing is learned."""
         options = LearnPartsOptions(data="", encoder="", output=Path(), seed=seed, **changes)  # type: ignore[arg-type]
         tokens = self.train.tokens["whole"]
-        places = self.places(seed) if options.by_places else None
+        places = self.places(seed) if options.learns_places else None
         learner = started_learner(tokens, self.grid, options, places)
         if options.variant not in LEARNED:
             return learner.eval()
@@ -133,7 +143,7 @@ class Bench:
 
 
 def bench(
-    encoder: FrozenEncoder, data: str, labels: Path, train: int, val: int, windows: int
+    encoder: FrozenEncoder, data: str, labels: Path, train: int, val: int, place_images: int
 ) -> Bench:
     """Read all tokens and labels."""
     size, patch = encoder.native_size, encoder.patch_size
@@ -158,7 +168,7 @@ def bench(
         views,
         replace(views, tokens={view: views.tokens[view] for view in moved}),
         truth,
-        sample_windows(encoder, train_images, size, windows, 2, seed=0),
+        place_images,
     )
 
 
@@ -194,13 +204,13 @@ def main() -> None:
     parser.add_argument("--variants", default=",".join(VARIANTS), help="names, parted by commas")
     parser.add_argument("--train-images", type=int, default=2000)
     parser.add_argument("--val-images", type=int, default=1000)
-    parser.add_argument("--window-images", type=int, default=4000)
+    parser.add_argument("--place-images", type=int, default=4000)
     given = parser.parse_args()
     names = given.variants.split(",")
     if unknown := sorted(set(names) - VARIANTS.keys()):
         parser.error(f"no variant {', '.join(unknown)}: there are {', '.join(VARIANTS)}")
     encoder = open_encoder(given.encoder)
-    counts = given.train_images, given.val_images, given.window_images
+    counts = given.train_images, given.val_images, given.place_images
     made = bench(encoder, given.data, given.labels, *counts)
     tokens = made.train.tokens["whole"]
     print(f"place explains {position_share(tokens.patches):.0%} of the tokens' variance")
@@ -208,7 +218,7 @@ def main() -> None:
     for name in names:
         line(name, partial(_variant, made, name), given.seeds)
     # Untrained, they have token statistics and background vote of the learner's start.
-    untrained: dict[str, object] = {"variant": "grid", "background": "voted"}
+    untrained: dict[str, object] = {"variant": "grid", "background": "predicted"}
     starts = [made.learned(untrained, seed) for seed in range(given.seeds)]
     for baseline in BASELINES:
         line(baseline, partial(_baseline, made, starts, baseline), given.seeds)

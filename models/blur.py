@@ -1,4 +1,4 @@
-"""Blur of maps over a grid of patches, between patches that are alike.
+"""Averages over a grid of patches, between patches that are alike.
 
 Legend of shapes: B images, L = h w patches, D width.
 """
@@ -34,3 +34,18 @@ def affinities(
         return near.softmax(dim=1).expand(len(tokens), -1, -1)
     unit = F.normalize(tokens, dim=2)
     return (unit @ unit.transpose(1, 2) / temperature + near).softmax(dim=2)
+
+
+def within(weights: Tensor, objects: Tensor) -> Tensor:
+    """Weights of an average that stays on each patch's side of a mask.
+
+    Args:
+        weights: (B, L, L), from `affinities`.
+        objects: (B, L), 1 on objects, 0 on background.
+
+    Returns:
+        (B, L, L), rows sum to 1.
+    """
+    here, there = objects[:, :, None], objects[:, None]
+    kept = weights * (here * there + (1 - here) * (1 - there))
+    return kept / kept.sum(dim=2, keepdim=True)

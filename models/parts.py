@@ -6,7 +6,9 @@ that the image, or the features of its patches, can be rebuilt from them, under 
 constraint.
 
 Features of a patch are its token, or (ours, the default of ``anchored``) the places where content
-such as its own lies in images, as `models.places` reads them from the tokens.
+such as its own lies on objects, as `models.places` reads them from the tokens.  Where there is an
+object mask they are averaged over patches that are alike, on each patch's side of it: of a patch
+alone they are too noisy to be told apart.
 
 What the paper leaves open stays available by name (`VARIANTS`).  Learned:
 
@@ -18,7 +20,8 @@ What the paper leaves open stays available by name (`VARIANTS`).  Learned:
 
 Baselines, with nothing to train: ``kmeans`` over the data set, ``image-kmeans`` of the tokens and
 ``colour`` regions inside each image, the raw class-token ``attention`` of each head, and a fixed
-``grid``.  All variants share background, blur and labels.
+``grid``.  All variants share background, averages, blur and
+labels.
 
 Legend of shapes: B images, h w patches, L = h w, D width, S width of the class token, F width of
 features, P channels of the part map, N parts that are told apart by the variant, C background
@@ -33,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import SettingError
-from .blur import affinities
+from .blur import affinities, within
 from .decoder import PixelDecoder
 from .encoders import Tokens
 from .part_scores import (
@@ -45,7 +48,7 @@ from .part_scores import (
     Patches,
     SetCentres,
 )
-from .places import PlacePredictor
+from .places import PlacePredictor, Told
 
 Variant = Literal["anchored", "paper", "kmeans", "image-kmeans", "colour", "attention", "grid"]
 
@@ -62,34 +65,37 @@ class PartArchitecture:
         style_width: S; 0 for D.
         parts: Parts beside the background; for ``attention`` the encoder's heads.
         variant: How parts are told apart; see the module.
-        background: ``voted``: channel 0 is the background, voted for by clusters of patch tokens;
-            ``token``: channel 0 is one more part token; ``none``: no channel is set apart.
+        background: ``predicted``: channel 0 is the background, as `models.places` predicts it;
+            ``voted``: it is voted for by clusters of patch tokens; ``token``: channel 0 is one
+            more part token; ``none``: no channel is set apart.
         clusters: C, for ``voted``.
         class_share: Weight of the class-token term against the anchor, both of unit length.
         temperature: Of the softmax over parts.
-        blur: Standard deviation of the blur of the maps, and of the vote for the background before
-            it is cast, patches; 0 does not blur.
-        affinity: Temperature of the cosines of patch tokens that the blur goes by, too; 0 blurs by
-            distance alone.
+        blur: Standard deviation of the blur of the maps, patches; 0 does not blur.
+        averaging: The same of the averages of what patches say before it is used: whether they are
+            background, and the features of objects.
+        affinity: Temperature of the cosines of patch tokens that blur and averages go by, too; 0:
+            by distance alone.
         pixel_decoder: Whether there is an AdaIN decoder to pixels.
         decoder_width: C of its first layer.
         decoder_noise: Per-layer noise in it.
         places: Places of the grid whose mean token is taken off each token there; 0 takes off one
             mean for all places.
         grid_places: L of learners of one grid, ``grid`` and those with ``place_cells``; else 0.
-        place_cells: Cells a side of the places that patches tell; parts are told by them.  0: parts
-            are told by the tokens themselves.
+        place_cells: Cells a side of the places that patches tell; 0 where they are not asked.
+        told_by: Whether parts are told by these places, or by the tokens themselves.
     """
 
     width: int
     style_width: int = 0
     parts: int = 6
     variant: Variant = "anchored"
-    background: Literal["voted", "token", "none"] = "voted"
+    background: Literal["predicted", "voted", "token", "none"] = "voted"
     clusters: int = 128
     class_share: float = 0.2
     temperature: float = 0.1
-    blur: float = 2.0
+    blur: float = 1.0
+    averaging: float = 2.0
     affinity: float = 0.3
     pixel_decoder: bool = False
     decoder_width: int = 64
@@ -97,6 +103,7 @@ class PartArchitecture:
     places: int = 0
     grid_places: int = 0
     place_cells: int = 0
+    told_by: Literal["places", "tokens"] = "tokens"
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be.
@@ -108,15 +115,15 @@ class PartArchitecture:
             raise SettingError(f"--num-parts is {self.parts}: expected 1 to 250")
         if self.background == "voted" and self.clusters < 2:
             raise SettingError(f"--clusters is {self.clusters}: expected 2 or more")
-        if self.temperature <= 0 or min(self.blur, self.affinity) < 0:
+        if self.temperature <= 0 or min(self.blur, self.averaging, self.affinity) < 0:
             raise SettingError(
-                f"--temperature is {self.temperature}, --blur {self.blur} and --affinity "
-                f"{self.affinity}: expected above 0, 0 or more, and 0 or more"
+                f"--temperature is {self.temperature}, --blur {self.blur}, --averaging "
+                f"{self.averaging} and --affinity {self.affinity}: expected above 0, and 0 or more"
             )
         if self.background == "token" and self.variant not in LEARNED:
             raise SettingError(
                 f"--background token is one more part token, and --variant {self.variant} has "
-                "none: expected voted or none"
+                "none: expected predicted, voted or none"
             )
 
     @property
@@ -126,13 +133,18 @@ class PartArchitecture:
 
     @property
     def tokens(self) -> int:
-        """N; the voted background is none of them."""
+        """N; a voted or predicted background is none of them."""
         return self.parts + (self.background == "token")
 
     @property
     def feature_width(self) -> int:
         """F, channels of what parts are told by."""
-        return self.place_cells**2 // 2 or self.width
+        return self.place_cells**2 // 2 if self.told_by == "places" else self.width
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is an object mask before there are parts."""
+        return self.background in ("predicted", "voted")
 
     def to_record(self) -> dict[str, Any]:
         """Plain data, for checkpoints."""
@@ -211,14 +223,18 @@ class PartLearner(nn.Module):
         """
         # The three digits of bf16 would tie parts, and the maps would not sum to 1.
         with torch.autocast(tokens.patches.device.type, enabled=False):
-            standard = features = self.standardised(tokens)
-            if self.places is not None:
-                features = self.places.features(tokens.patches, grid)
+            shape, standard = self.architecture, self.standardised(tokens)
+            told = None if self.places is None else self.places.told(tokens.patches, grid)
+            near = self._affinities(standard, grid, shape.averaging) if shape.masked else None
+            objects = self._objects(standard, told, near)
+            by_places = shape.told_by == "places"
+            features = told.shares if told is not None and by_places else standard
+            if near is not None:
+                features = within(near, objects) @ features
+            if self.places is not None and by_places:
+                features = self.places.features(features)
             style = (tokens.class_token.float() - self.class_mean) / self.class_std
-            shape, alike = self.architecture, None
-            if shape.blur:
-                alike = affinities(standard, grid, shape.blur, shape.affinity)
-            objects = self._objects(standard, alike)
+            alike = self._affinities(standard, grid, shape.blur)
             return Patches(features, style, tokens.attention.float(), objects, alike, colours)
 
     def standardised(self, tokens: Tokens) -> Tensor:
@@ -238,23 +254,34 @@ class PartLearner(nn.Module):
         """
         with torch.autocast(patches.features.device.type, enabled=False):
             maps = self.scores(patches)
-            if self.architecture.background == "voted":
+            if self.architecture.masked:
                 objects = patches.objects[:, None]
                 maps = torch.cat([1 - objects, maps * objects], dim=1)
             if patches.alike is not None:
                 maps = maps @ patches.alike.transpose(1, 2)
             return maps.unflatten(2, grid)  # type: ignore[no-any-return]
 
-    def _objects(self, standard: Tensor, alike: Tensor | None) -> Tensor:
-        """Which patches belong to an object, by the blurred vote of their clusters, (B, L).
+    def _affinities(
+        self, standard: Tensor, grid: tuple[int, int], deviation: float
+    ) -> Tensor | None:
+        return (
+            affinities(standard, grid, deviation, self.architecture.affinity) if deviation else None
+        )
 
-        1 on objects, 0 on background; all 1 without a voted background.
+    def _objects(self, standard: Tensor, told: Told | None, near: Tensor | None) -> Tensor:
+        """Which patches belong to an object, by what they and those near and alike say, (B, L).
+
+        1 on objects, 0 on background; all 1 where no mask is made.
         """
-        if self.architecture.background != "voted":
+        if self.architecture.background == "predicted":
+            assert told is not None
+            votes = 0.5 - told.background
+        elif self.architecture.background == "voted":
+            votes = self.objectness[torch.cdist(standard, self.centres).argmin(dim=-1)]
+        else:
             return standard.new_ones(standard.shape[:2])
-        votes = self.objectness[torch.cdist(standard, self.centres).argmin(dim=-1)]
-        if alike is not None:
-            votes = (alike @ votes[..., None])[..., 0]
+        if near is not None:
+            votes = (near @ votes[..., None])[..., 0]
         return (votes > 0).to(standard.dtype)
 
     def forward(

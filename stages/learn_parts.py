@@ -1,6 +1,7 @@
 """`semmae stage1 learn-parts`: learn parts on a frozen encoder (paper, section 3.1)."""
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +11,6 @@ import torch
 from ..errors import MismatchError, SettingError
 from ..models.encoders import FrozenEncoder, Tokens
 from ..models.parts import LEARNED, PartArchitecture, PartLearner, Variant
-from ..models.places import PlacePredictor
 from ..models.readings import Facet
 from ..pipeline.feeding import TrainingData
 from ..pipeline.image_source import ImageSource
@@ -20,10 +20,10 @@ from ..pipeline.sources import Split, list_images
 from ..pipeline.training import fit, keep, refuse_foreign_folder
 from ..storage.checkpoints import checkpoints, load_checkpoint
 from .networks import ENCODER_FILE, image_size_of, open_encoder, parse_reading, shaped_learner
-from .part_start import sample_tokens, started_learner
+from .part_start import sample_tokens, started_learner, voting_learner
 from .part_training import CachedTokens, PartLearning
-from .place_learning import learn_places, sample_windows
-from .second_views import sample_views
+from .place_learning import LEAST_TOLD, learn_places, sample_views
+from .second_views import sample_views as sample_second_views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +51,14 @@ class LearnPartsOptions(TrainingOptions):
     ] = "anchored"
     told_by: Annotated[
         Literal["auto", "places", "tokens"],
-        "Parts are told by the places in images that patches tell by their content, or by the "
+        "Parts are told by the places on objects that patches tell by their content, or by the "
         "tokens themselves; auto: places if anchored.",
     ] = "auto"
     background: Annotated[
-        Literal["auto", "voted", "token", "none"],
-        "How the background is set apart; auto: a part token if paper, none for attention and "
-        "grid, voted otherwise.",
+        Literal["auto", "predicted", "voted", "token", "none"],
+        "How the background is set apart: predicted, learned from a vote of clusters of patch "
+        "tokens, or by that vote; auto: a part token if paper, none for attention and grid, "
+        "predicted otherwise.",
     ] = "auto"
     clusters: Annotated[int, "Clusters of patch tokens that vote for the background."] = 128
     positions: Annotated[
@@ -71,13 +72,16 @@ class LearnPartsOptions(TrainingOptions):
     ] = "area"
     class_share: Annotated[float, "Weight of the class-token term in anchored part tokens."] = 0.2
     temperature: Annotated[float, "Of the softmax over parts."] = 0.1
-    blur: Annotated[
-        float, "Standard deviation of the blur of maps and background vote, patches."
+    blur: Annotated[float, "Standard deviation of the blur of the maps, patches."] = 1.0
+    averaging: Annotated[
+        float,
+        "The same of the averages of what patches say: whether they are background, and the "
+        "features of objects.",
     ] = 2.0
     affinity: Annotated[
         float,
-        "Temperature of the cosines of patch tokens that the blur goes by, too; 0: by distance "
-        "alone.",
+        "Temperature of the cosines of patch tokens that blur and averages go by, too; 0: by "
+        "distance alone.",
     ] = 0.3
     diversity_weight: Annotated[float, "Of the diversity constraint."] = 0.1
     feature_weight: Annotated[
@@ -96,10 +100,12 @@ class LearnPartsOptions(TrainingOptions):
     decoder_width: Annotated[int, "Channels of the pixel decoder's first layer."] = 64
     decoder_noise: Annotated[bool, "Per-layer noise in the pixel decoder."] = False
     sample_images: Annotated[int, "Images that statistics and k-means starts come from."] = 2000
-    window_images: Annotated[
-        int, "Images whose windows places are learned from; 2 windows of each."
+    place_images: Annotated[
+        int, "Images that places are learned from, by a window and a crop of each."
     ] = 4000
-    place_steps: Annotated[int, "Steps of 32 windows that places are learned in."] = 1500
+    place_steps: Annotated[
+        int, "Steps of 32 windows, or of as many patches of crops, that places are learned in."
+    ] = 1500
     cached_images: Annotated[
         int,
         "Train on the tokens of this many images (and of one view of each, if --consistency-weight "
@@ -113,12 +119,13 @@ class LearnPartsOptions(TrainingOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
         super().__post_init__()
-        for name in ("clusters", "sample_images", "window_images", "place_steps", "decoder_width"):
+        for name in ("clusters", "sample_images", "place_images", "place_steps", "decoder_width"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.cached_images >= 0, "cached_images", self.cached_images, "0 or more")
         parse_reading(self.blocks, self.facet, self.pooled)
         require(self.class_share >= 0, "class_share", self.class_share, "0 or more")
-        require(0 <= self.blur <= 8, "blur", self.blur, "0 to 8 patches")
+        for name in ("blur", "averaging"):
+            require(0 <= getattr(self, name) <= 8, name, getattr(self, name), "0 to 8 patches")
         require(self.affinity >= 0, "affinity", self.affinity, "0 or more")
         for loss, weight in self.loss_weights.items():
             flag = f"{loss.removesuffix('s')}_weight"
@@ -169,11 +176,22 @@ class LearnPartsOptions(TrainingOptions):
         return self.loss_weights["pixels"] > 0 or self.loss_weights["perceptual"] > 0
 
     @property
-    def background_kind(self) -> Literal["voted", "token", "none"]:
+    def background_kind(self) -> Literal["predicted", "voted", "token", "none"]:
         """How the background is set apart."""
         if self.background != "auto":
             return self.background
-        return {"paper": "token", "attention": "none", "grid": "none"}.get(self.variant, "voted")  # type: ignore[return-value]
+        kinds = {"paper": "token", "attention": "none", "grid": "none"}
+        return kinds.get(self.variant, "predicted")  # type: ignore[return-value]
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is an object mask before there are parts."""
+        return self.background_kind in ("predicted", "voted")
+
+    @property
+    def learns_places(self) -> bool:
+        """Whether patches are asked for their place."""
+        return self.by_places or self.background_kind == "predicted"
 
 
 def _recorded_learner(path: Path) -> PartLearner:
@@ -216,10 +234,8 @@ def learn_parts(options: LearnPartsOptions) -> Path:
     data, tokens = _training_data(encoder, images, size, learner is None, options)
     if learner is None:
         assert tokens is not None
-        grid = (size[0] // encoder.patch_size, size[1] // encoder.patch_size)
         some = _some(tokens, options)
-        places = _places(encoder, images, size, some, grid, options) if options.by_places else None
-        learner = started_learner(some, grid, options, places)
+        learner = _started(encoder, images, size, some, options)
     task = PartLearning(encoder, learner, data, SquashedData(images, size), options, size)
     return fit(task, options) if learned else keep(task, options)
 
@@ -242,29 +258,38 @@ def _training_data(
         return whole, tokens
     views = None
     if options.consistency_weight:
-        views = sample_views(encoder, images, size, count, options.seed)
+        views = sample_second_views(encoder, images, size, count, options.seed)
     return CachedTokens(tokens, whole.fingerprint, views), tokens
 
 
-def _places(
+def _started(
     encoder: FrozenEncoder,
     images: ImageSource,
     size: tuple[int, int],
     tokens: Tokens,
-    grid: tuple[int, int],
     options: LearnPartsOptions,
-) -> PlacePredictor | None:
-    """What parts are told by, unless the tokens tell too little of it."""
-    windows = sample_windows(encoder, images, size, options.window_images, 2, options.seed)
-    places = learn_places(
-        windows, tokens.patches, grid, options.place_steps, options.seed, encoder.mean.device
+) -> PartLearner:
+    """A learner at its start, told by places unless the tokens tell too little of them."""
+    grid = (size[0] // encoder.patch_size, size[1] // encoder.patch_size)
+    if options.learns_places:
+        voter = voting_learner(tokens, grid, options)
+        if options.masked and not voter.architecture.masked:
+            options = replace(options, background="none")
+    if not options.learns_places:
+        return started_learner(tokens, grid, options)
+    views = sample_views(encoder, voter, images, size, options.place_images, options.seed)
+    places, told = learn_places(
+        views, tokens.patches, grid, options.place_steps, options.seed, encoder.mean.device
     )
-    if places is None and options.told_by == "places":
-        raise SettingError(
-            "--told-by places: the encoder's tokens do not tell places; expected --told-by tokens "
-            "or auto, or another encoder"
-        )
-    return places
+    if options.by_places and told < LEAST_TOLD:
+        if options.told_by == "places":
+            raise SettingError(
+                "--told-by places: the encoder's tokens do not tell places; expected --told-by "
+                "tokens or auto, or another encoder"
+            )
+        print("that is too little for parts to be told by places", file=sys.stderr)
+        options = replace(options, told_by="tokens")
+    return started_learner(tokens, grid, options, places)
 
 
 def _some(tokens: Tokens, options: LearnPartsOptions) -> Tokens:

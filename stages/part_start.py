@@ -114,19 +114,45 @@ def _correlation(
     return float(covariance[0, 1]) / spread if spread else 0.0
 
 
+def voting_learner(
+    tokens: Tokens, grid: tuple[int, int], options: "LearnPartsOptions"
+) -> PartLearner:
+    """A learner that knows the background alone, by the vote of clusters of patch tokens.
+
+    Args:
+        tokens: Of a sample of the data.
+        grid: (h, w).
+        options: The learner's settings.
+
+    Returns:
+        On the CPU.  Without a background, where the settings set none apart before there are
+        parts, or the vote found none.
+
+    Raises:
+        SettingError: There are fewer patches than clusters.
+    """
+    if options.masked:
+        voter = _shaped(tokens, replace(options, told_by="tokens", background="voted"), None)
+        _vote(voter, tokens, grid, options.seed)
+        _, share = object_features(voter, tokens, grid)
+        if _sensible(share):
+            return voter
+    return _shaped(tokens, replace(options, told_by="tokens", background="none"), None)
+
+
 def started_learner(
     tokens: Tokens,
     grid: tuple[int, int],
     options: "LearnPartsOptions",
     places: PlacePredictor | None = None,
 ) -> PartLearner:
-    """A learner at its start: token statistics, background vote, anchors from k-means.
+    """A learner at its start: token statistics, background, anchors from k-means.
 
     Args:
         tokens: Of a sample of the data.
         grid: (h, w).
         options: The learner's settings.
-        places: By what parts are told; None tells them by the tokens themselves.
+        places: What patches tell of their place; needed where parts or background are told by it.
 
     Raises:
         SettingError: There are fewer patches than clusters.
@@ -137,7 +163,7 @@ def started_learner(
     if learner.architecture.background == "voted":
         _vote(learner, tokens, grid, options.seed)
     points, share = object_features(learner, tokens, grid)
-    if learner.architecture.background == "voted" and not _sensible(share):
+    if learner.architecture.masked and not _sensible(share):
         return started_learner(tokens, grid, replace(options, background="none"), places)
     start_scores(learner, points.numpy(), grid, options.seed, options.part_order)
     return learner
@@ -148,6 +174,7 @@ def _shaped(
 ) -> PartLearner:
     """A learner of the shape that tokens and options ask for, its weights drawn by the seed."""
     patches = tokens.patches
+    places = places if options.learns_places else None
     keeps_place = not _positions_go(patches, options)
     mean = patches.mean(dim=(0, 1)) if keeps_place else patches.mean(dim=0)
     torch.manual_seed(options.seed)
@@ -164,6 +191,7 @@ def _shaped(
             class_share=options.class_share,
             temperature=options.temperature,
             blur=options.blur,
+            averaging=options.averaging,
             affinity=options.affinity,
             pixel_decoder=options.variant in LEARNED and options.rebuilds_pixels,
             decoder_width=options.decoder_width,
@@ -171,6 +199,7 @@ def _shaped(
             places=0 if keeps_place else patches.shape[1],
             grid_places=patches.shape[1] if options.variant == "grid" or places else 0,
             place_cells=places.cells if places else 0,
+            told_by="places" if places and options.by_places else "tokens",
         )
     )
     learner.token_mean.copy_(mean)
@@ -218,7 +247,7 @@ def _sensible(share: float) -> bool:
     if OBJECT_SHARE[0] <= share <= OBJECT_SHARE[1]:
         return True
     print(
-        f"the background vote calls {share:.0%} of the patches object, outside "
+        f"{share:.0%} of the patches would be object and the others background, outside "
         f"{OBJECT_SHARE[0]:.0%} to {OBJECT_SHARE[1]:.0%}: learning without a background",
         file=sys.stderr,
     )

@@ -30,8 +30,9 @@ def beside(
     """A baseline with the token statistics of a learner, and as many part ids as it has.
 
     ``kmeans`` over the set, ``image_kmeans`` inside each image and ``colour`` regions have the
-    learner's background mask, temperature and blur.  ``bare_kmeans``, raw ``attention`` heads and
-    the fixed ``grid`` have no background; ``bare_kmeans`` and the ``grid`` are not blurred either.
+    learner's background mask, averages, temperature and blur.  ``bare_kmeans``, raw ``attention``
+    heads and the fixed ``grid`` have no background; ``bare_kmeans`` and the ``grid`` are not
+    blurred either.
 
     Args:
         learner: The learner.
@@ -51,6 +52,8 @@ def beside(
     for name, own in made.named_buffers(recurse=False):
         if len(own):  # without a background there is no vote to take over
             own.copy_(getattr(learner, name))
+    if shape.background == "predicted":
+        made.places = learner.places
     points = tokens.patches[:0]
     if shape.variant == "kmeans":
         points, _ = object_features(made, tokens, grid)
@@ -61,9 +64,13 @@ def beside(
 def _shape(
     shape: PartArchitecture, variant: Baseline, heads: int, grid: tuple[int, int]
 ) -> PartArchitecture:
-    masked = shape.background == "voted"
-    whole: dict[str, Any] = {"background": "none", "parts": shape.channels}
-    like: dict[str, Any] = {"parts": shape.parts} if masked else whole
+    no_places: dict[str, Any] = {"grid_places": 0, "place_cells": 0}
+    whole: dict[str, Any] = {"background": "none", "parts": shape.channels, **no_places}
+    like: dict[str, Any] = {"parts": shape.parts}
+    if not shape.masked:
+        like = whole
+    elif shape.background != "predicted":
+        like |= no_places
     changes: dict[Baseline, dict[str, Any]] = {
         "kmeans": {"variant": "kmeans", **like},
         "bare_kmeans": {"variant": "kmeans", **whole, "blur": 0.0},
@@ -72,5 +79,5 @@ def _shape(
         "attention": {"variant": "attention", **whole, "parts": heads},
         "grid": {"variant": "grid", **whole, "blur": 0.0, "grid_places": grid[0] * grid[1]},
     }
-    plain: dict[str, Any] = {"pixel_decoder": False, "grid_places": 0, "place_cells": 0}
+    plain: dict[str, Any] = {"pixel_decoder": False, "told_by": "tokens"}
     return replace(shape, **{**plain, **changes[variant]})

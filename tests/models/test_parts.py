@@ -22,19 +22,28 @@ from semmae.models.parts import (
 WIDTH = 12
 GRID = (3, 5)
 VARIANTS = ["anchored", "paper"]
-BACKGROUNDS = ["voted", "token", "none"]
+BACKGROUNDS = ["predicted", "voted", "token", "none"]
 
 
+@torch.no_grad()
 def learner(seed: int = 0, **changes: Any) -> PartLearner:
     """A tiny one whose clusters and statistics are drawn."""
     torch.manual_seed(seed)
     shape: dict[str, Any] = {"width": WIDTH, "parts": 4, "clusters": 5}
+    if changes.get("background") == "predicted" or changes.get("told_by") == "places":
+        shape |= {"place_cells": 4, "grid_places": 15}
     made = PartLearner(PartArchitecture(**{**shape, **changes}))
     for name in ("token", "class"):
         getattr(made, f"{name}_mean").copy_(torch.randn(WIDTH))
         getattr(made, f"{name}_std").copy_(torch.rand(WIDTH) + 0.5)
     made.centres.copy_(torch.randn_like(made.centres))
     made.objectness.copy_(torch.arange(len(made.objectness)) % 2 - 0.5)
+    if made.places is not None:
+        made.places.last.weight[-1] *= 60
+        made.places.last.bias = torch.nn.Parameter(torch.zeros(17))
+        made.places.last.bias[-1] = math.log(16)
+        made.places.root_mean.copy_(torch.rand(8))
+        made.places.root_std.fill_(0.4)
     return made
 
 
@@ -85,7 +94,8 @@ def test_maps__sum_to_one_at_every_place(variant: str, background: str, blur: fl
 
 
 @pytest.mark.parametrize(
-    ("background", "channels", "count"), [("voted", 5, 4), ("token", 5, 5), ("none", 4, 4)]
+    ("background", "channels", "count"),
+    [("predicted", 5, 4), ("voted", 5, 4), ("token", 5, 5), ("none", 4, 4)],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_architecture__counts_channels_and_tokens(
@@ -105,6 +115,7 @@ def test_architecture__counts_channels_and_tokens(
         ({"parts": 251}, "--num-parts is 251"),
         ({"temperature": 0.0}, "--temperature is 0.0"),
         ({"blur": -1.0}, "--blur -1.0"),
+        ({"averaging": -1.0}, "--averaging -1.0"),
         ({"clusters": 1}, "--clusters is 1"),
     ],
 )
@@ -143,20 +154,56 @@ def test_blur__is_that_of_a_plain_loop(blur: float, affinity: float) -> None:
         torch.testing.assert_close(after, wanted, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("affinity", [0.0, 1.0])
-def test_blur__of_the_vote_comes_before_it_is_cast(affinity: float) -> None:
-    made = learner(blur=2.0, affinity=affinity)
+@pytest.mark.parametrize("background", ["predicted", "voted"])
+def test_averages__of_the_background_come_before_it_is_decided(
+    affinity: float, background: str
+) -> None:
+    made = learner(averaging=1.0, affinity=affinity, background=background)
     known = made.patches(tokens(), GRID)
-    sharp = learner(blur=0.0).patches(tokens(), GRID).objects - 0.5
-    for image in range(len(sharp)):
+    votes = learner(averaging=0.0, background=background).patches(tokens(), GRID).objects - 0.5
+    if made.places is not None:
+        votes = 0.5 - made.places.told(tokens().patches, GRID).background
+    for image in range(2):
         patches = made.standardised(tokens())[image]
-        wanted = slow_blur(sharp[image].view(GRID), patches, 2.0, affinity) > 0
+        wanted = slow_blur(votes[image].view(GRID), patches, 1.0, affinity) > 0
         assert torch.equal(known.objects[image].view(GRID) > 0, wanted)
-    assert not torch.equal(known.objects, sharp + 0.5)
+    assert not torch.equal(known.objects > 0, votes > 0)
+    assert 0 < known.objects.mean() < 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("told_by", ["tokens", "places"])
+def test_averages__of_features_stay_on_their_side_of_the_mask(told_by: str) -> None:
+    made = learner(averaging=1.5, background="predicted", told_by=told_by)
+    known = made.patches(tokens(), GRID)
+    standard = made.standardised(tokens())
+    assert made.places is not None
+    told = made.places.told(tokens().patches, GRID).shares if told_by == "places" else standard
+    for image in range(2):
+        mask = known.objects[image].view(GRID)
+        for side in (mask, 1 - mask):
+            share = slow_blur(side, standard[image], 1.5, 0.3)
+            for channel in range(told.shape[2]):
+                seen = told[image, :, channel].view(GRID) * side
+                mean = slow_blur(seen, standard[image], 1.5, 0.3) / share
+                if told_by == "places":
+                    mean = (mean.sqrt() - made.places.root_mean[channel]) / 0.4
+                found = known.features[image, :, channel].view(GRID)
+                torch.testing.assert_close(found[side > 0], mean[side > 0], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("background", ["token", "none"])
+def test_averages__there_are_none_without_a_mask(background: str) -> None:
+    made = learner(averaging=1.5, background=background)
+    known = made.patches(tokens(), GRID)
+    assert torch.equal(known.features, made.standardised(tokens()))
 
 
 def test_standardise__undoes_mean_and_deviation() -> None:
-    made = learner()
+    made = learner(averaging=0.0)
     wanted = tokens()
     raw = Tokens(
         wanted.class_token * made.class_std + made.class_mean,
@@ -169,9 +216,9 @@ def test_standardise__undoes_mean_and_deviation() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("background", BACKGROUNDS)
+@pytest.mark.parametrize("background", ["voted", "token", "none"])
 def test_maps__move_with_the_patches(variant: str, background: str) -> None:
-    made = learner(variant=variant, background=background, blur=0.0)
+    made = learner(variant=variant, background=background, blur=0.0, averaging=0.0)
     given_tokens = tokens()
     order = torch.randperm(15, generator=torch.Generator().manual_seed(3))
     moved = Tokens(given_tokens.class_token, given_tokens.patches[:, order], torch.zeros(0))
@@ -181,7 +228,7 @@ def test_maps__move_with_the_patches(variant: str, background: str) -> None:
 
 @torch.no_grad()
 def test_maps__of_the_voted_background_follow_the_clusters() -> None:
-    made = learner(blur=0.0)
+    made = learner(blur=0.0, averaging=0.0)
     known = made.patches(tokens(), GRID)
     patches, mask = known.features, known.objects
     maps = made.maps(known, GRID).flatten(2)

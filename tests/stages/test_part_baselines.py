@@ -24,21 +24,27 @@ def tokens(count: int = 30) -> Tokens:
 
 def learner(background: str, **changes: object) -> PartLearner:
     torch.manual_seed(0)
-    shape = {"width": WIDTH, "parts": 3, "clusters": 4, "temperature": 0.3, "blur": 0.9}
+    shape: dict[str, object] = {"width": WIDTH, "parts": 3, "clusters": 4}
+    shape |= {"temperature": 0.3, "blur": 0.9, "averaging": 0.3, "affinity": 0.0}
+    if background == "predicted":
+        shape |= {"place_cells": 4, "grid_places": 12, "told_by": "places"}
     made = PartLearner(PartArchitecture(background=background, **{**shape, **changes}))  # type: ignore[arg-type]
-    for name, own in made.named_buffers(recurse=False):
-        if name != "kernel":
-            own.copy_(torch.rand_like(own) + 0.5)
+    for _, own in made.named_buffers(recurse=False):
+        own.copy_(torch.rand_like(own) + 0.5)
     if background == "voted":
         made.token_mean.fill_(3)
         made.token_std.fill_(2)
         made.centres.copy_(torch.randn(4, WIDTH))
         made.objectness.copy_(torch.tensor([1.0, -1, 1, -1]))
+    if made.places is not None:
+        made.places.token_mean.fill_(3)
+        made.places.last.weight[-1] *= 60
     return made.requires_grad_(False)
 
 
 @pytest.mark.parametrize(
-    ("name", "background"), list(itertools.product(BASELINES, ("voted", "token", "none")))
+    ("name", "background"),
+    list(itertools.product(BASELINES, ("predicted", "voted", "token", "none"))),
 )
 def test_beside__has_as_many_ids_as_the_learner_and_its_statistics(
     name: Baseline, background: str
@@ -55,9 +61,10 @@ def test_beside__has_as_many_ids_as_the_learner_and_its_statistics(
     assert not made.training
 
 
+@pytest.mark.parametrize("background", ["predicted", "voted"])
 @pytest.mark.parametrize("name", BASELINES)
-def test_beside__shares_the_mask_where_it_is_meant_to(name: Baseline) -> None:
-    start, given = learner("voted", blur=0.3, affinity=0.0), tokens()
+def test_beside__shares_the_mask_where_it_is_meant_to(name: Baseline, background: str) -> None:
+    start, given = learner(background), tokens()
     made = beside(start, given, GRID, name, seed=0)
     mask = start.patches(given, GRID).objects
     assert 0.1 < mask.mean() < 0.9
@@ -65,13 +72,16 @@ def test_beside__shares_the_mask_where_it_is_meant_to(name: Baseline) -> None:
         assert torch.equal(made.patches(given, GRID).objects, mask)
     else:
         assert made.architecture.background == "none"
+        assert made.places is None
         assert made.patches(given, GRID).objects.all()
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_beside__shares_temperature_and_blur_but_where_it_is_bare(name: Baseline) -> None:
+def test_beside__shares_averages_temperature_and_blur_but_where_it_is_bare(name: Baseline) -> None:
     made = beside(learner("voted"), tokens(), GRID, name, seed=0).architecture
     assert made.temperature == 0.3
+    assert made.averaging == 0.3
+    assert made.told_by == "tokens"
     assert made.blur == (0.0 if name in ("bare_kmeans", "grid") else 0.9)
     assert not made.pixel_decoder
 

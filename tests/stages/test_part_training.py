@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from semmae.tests.world import World, learn_options
 
 
 def task_of(world: World, options: LearnPartsOptions) -> PartLearning:
-    """What `learn_parts` would train, at its start."""
+    """What `learn_parts` would train, at its start, with nothing told by places."""
+    background = options.background_kind.replace("predicted", "voted")
+    options = replace(options, told_by="tokens", background=background)  # type: ignore[arg-type]
     encoder = open_encoder(options.encoder)
     images = ImageSource(list_images(world.data, "train"))
     tokens = sample_tokens(encoder, images, (32, 32), options.sample_images, options.seed)

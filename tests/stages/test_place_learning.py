@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -10,14 +11,15 @@ from torch.nn import functional as F
 
 from semmae.errors import SettingError
 from semmae.models.encoders import FrozenEncoder, Tokens
-from semmae.models.places import CELLS
+from semmae.models.parts import PartLearner
+from semmae.models.places import CELLS, SPAN
 from semmae.models.vision import scaled
 from semmae.pipeline.image_source import ImageSource
 from semmae.pipeline.sources import list_images
-from semmae.stages import place_learning
+from semmae.stages import learn_parts as learning
 from semmae.stages.learn_parts import learn_parts
 from semmae.stages.networks import open_learner
-from semmae.stages.place_learning import Windows, learn_places, sample_windows
+from semmae.stages.place_learning import PlaceViews, learn_places, sample_views
 from semmae.tests.world import World, learn_options
 
 CPU = torch.device("cpu")
@@ -31,6 +33,9 @@ class Colours(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.mean, self.std = torch.zeros(3), torch.ones(3)
+
+    def forward(self, images: Tensor) -> Tokens:
+        return self.features(scaled(images))
 
     def features(self, pixels: Tensor) -> Tokens:
         patches = F.avg_pool2d(pixels, 8).flatten(2).transpose(1, 2)
@@ -62,68 +67,113 @@ def silent(y: Any, x: Any, rng: np.random.Generator) -> tuple[Any, ...]:
     return tuple(np.full_like(x, value) for value in rng.random(3))
 
 
-def windows_and_tokens(images: ImageSource) -> tuple[Windows, Tensor]:
-    windows = sample_windows(encoder(), images, (64, 64), 30, 4, seed=0)
+class Voter:
+    """Calls the left half of each image object, or all of it."""
+
+    def __init__(self, everything: bool) -> None:
+        self._left = 8 if everything else 4
+
+    def to(self, device: torch.device) -> "Voter":
+        return self
+
+    def patches(self, tokens: Tokens, grid: tuple[int, int]) -> Any:
+        mask = torch.zeros(len(tokens.patches), *grid)
+        mask[:, :, : self._left] = 1
+        return SimpleNamespace(objects=mask.flatten(1))
+
+
+def voter(everything: bool = True) -> PartLearner:
+    return cast(PartLearner, Voter(everything))
+
+
+def views_and_tokens(images: ImageSource) -> tuple[tuple[PlaceViews, PlaceViews], Tensor]:
+    views = sample_views(encoder(), voter(), images, (64, 64), 90, seed=0)
     whole = [scaled(torch.from_numpy(images.decoded(i))[None]) for i in range(len(images))]
-    return windows, torch.cat([Colours().features(one).patches for one in whole])
+    return views, torch.cat([Colours().features(one).patches for one in whole])
 
 
-def test_sample_windows__cells_are_where_the_content_lay(tmp_path: Path) -> None:
-    windows = sample_windows(encoder(), source(tmp_path, telling), (64, 64), 30, 4, seed=0)
-    assert windows.tokens.shape == (120, 16, 3)
+def test_sample_views__cells_are_where_the_content_lay(tmp_path: Path) -> None:
+    images = source(tmp_path, telling, 90)
+    windows, crops = sample_views(encoder(), voter(), images, (64, 64), 90, seed=0)
+    assert windows.tokens.shape == (90, 16, 3)
     assert windows.grid == (4, 4)
-    down, across = windows.cells // CELLS, windows.cells % CELLS
-    for cell, content in ((across, windows.tokens[..., 0]), (down, windows.tokens[..., 1])):
-        assert ((cell + 0.5) / CELLS - content.float()).abs().max() < 0.5 / CELLS + 0.05
-    # Windows lie everywhere, and are half as wide as the image, a little more or less.
-    assert set(across.flatten().tolist()) == set(range(CELLS))
+    assert crops.tokens.shape == (90, 64, 3)
+    # A disc of the image's area has 4.51 patches of radius.
+    reach = SPAN * 4.51 / 4
+    for views in (windows, crops):
+        down, across = views.cells // CELLS, views.cells % CELLS
+        for cell, content in ((across, views.tokens[..., 0]), (down, views.tokens[..., 1])):
+            told = ((cell + 0.5) / CELLS * 2 - 1) * reach / 2 + 0.5
+            assert (told - content.float()).abs().max() < reach / 2 / CELLS + 0.05
+        assert len(set(across.flatten().tolist())) == CELLS // 2
+    # Windows are half as wide as the image, a little more or less.
     width = windows.tokens[:, :4, 0].float().aminmax(dim=1)
     assert 0.25 < (width.max - width.min).mean() < 0.5
 
 
-def test_sample_windows__are_the_same_again(tmp_path: Path) -> None:
+def test_sample_views__what_the_voter_calls_background_is_background(tmp_path: Path) -> None:
+    images = source(tmp_path, telling, 40)
+    for views in sample_views(encoder(), voter(False), images, (64, 64), 40, seed=0):
+        at = views.tokens[..., 0].float()
+        sure = (at - 0.5).abs() > 0.1
+        assert torch.equal((views.cells == CELLS**2)[sure], (at > 0.5)[sure])
+
+
+def test_sample_views__are_the_same_again(tmp_path: Path) -> None:
     images = source(tmp_path, telling)
-    first, second = (sample_windows(encoder(), images, (64, 64), 9, 2, seed=3) for _ in range(2))
-    assert torch.equal(first.tokens, second.tokens)
-    assert torch.equal(first.cells, second.cells)
-    assert len(first.tokens) == 18
+    first, second = (
+        sample_views(encoder(), voter(), images, (64, 64), 9, seed=3) for _ in range(2)
+    )
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.tokens, other.tokens)
+        assert torch.equal(one.cells, other.cells)
+        assert len(one.tokens) == 9
 
 
-def test_learn_places__tells_the_place_from_content_that_tells_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    windows, tokens = windows_and_tokens(source(tmp_path, telling))
+def test_learn_places__tells_the_place_from_content_that_tells_it(tmp_path: Path) -> None:
+    views, tokens = views_and_tokens(source(tmp_path, telling, 90))
     # The mean of each place holds all there is, so tokens of other images are moved against it.
     moved = tokens.reshape(-1, 8, 8, 3).roll((2, 3), dims=(1, 2)).flatten(1, 2)
     mixed = torch.cat([tokens[:15], moved[:15]])
-    model = learn_places(windows, mixed, (8, 8), 200, 0, CPU)
-    assert model is not None
-    assert "nats of where they lie" in capsys.readouterr().err
-    features = model.features(mixed, (8, 8))
+    model, told = learn_places(views, mixed, (8, 8), 200, 0, CPU)
+    assert told > 0.9
+    seen = model.told(mixed, (8, 8))
+    features = model.features(seen.shares)
     assert features.shape == (30, 64, CELLS**2 // 2)
-    torch.testing.assert_close(features.mean(dim=(0, 1)), torch.zeros(32), rtol=0, atol=1e-4)
-    assert float(features.square().mean()) == pytest.approx(1, abs=1e-3)
-    again = learn_places(windows, mixed, (8, 8), 200, 0, CPU)
-    assert again is not None
-    assert torch.equal(again.features(mixed, (8, 8)), features)
+    torch.testing.assert_close(features.mean(dim=(0, 1)), torch.zeros(32), rtol=0, atol=1e-2)
+    assert float(features.square().mean()) == pytest.approx(1, abs=1e-2)
+    assert float(seen.background.max()) < 0.1
+    again, _ = learn_places(views, mixed, (8, 8), 200, 0, CPU)
+    assert torch.equal(again.told(mixed, (8, 8)).shares, seen.shares)
 
 
-def test_learn_places__says_so_where_tokens_tell_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    windows, tokens = windows_and_tokens(source(tmp_path, silent))
-    assert learn_places(windows, tokens, (8, 8), 30, 0, CPU) is None
-    assert "too little for parts" in capsys.readouterr().err
+def test_learn_places__tokens_that_say_nothing_tell_nothing(tmp_path: Path) -> None:
+    views, tokens = views_and_tokens(source(tmp_path, silent))
+    assert learn_places(views, tokens, (8, 8), 30, 0, CPU)[1] < 0.05
+
+
+def test_learn_places__predicts_the_background(tmp_path: Path) -> None:
+    images = source(tmp_path, telling, 60)
+    views = sample_views(encoder(), voter(False), images, (64, 64), 60, seed=0)
+    _, tokens = views_and_tokens(images)
+    model, _ = learn_places(views, tokens.roll(8 * 4, dims=1), (8, 8), 300, 0, CPU)
+    crops = views[1]
+    standard = (
+        crops.tokens[:6].float() - crops.tokens.float().mean(0)
+    ) / crops.tokens.float().std()
+    found = model(standard, (8, 8)).softmax(dim=2)[..., -1] > 0.5
+    assert (found == (crops.cells[:6] == CELLS**2)).float().mean() > 0.8
 
 
 def test_learn_parts__by_places_resumes_and_opens(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(place_learning, "LEAST_TOLD", -100.0)
-    options = learn_options(world, tmp_path / "run", background="none")
+    monkeypatch.setattr(learning, "LEAST_TOLD", -100.0)
+    options = learn_options(world, tmp_path / "run")
     learn_parts(options)
     trained = open_learner(tmp_path / "run")
     assert trained.learner.architecture.place_cells == CELLS
+    assert trained.learner.architecture.told_by == "places"
     assert trained.learner.architecture.feature_width == CELLS**2 // 2
     assert trained.learner.places is not None
     images = torch.randint(0, 256, (3, *trained.image_size, 3), dtype=torch.uint8)
@@ -137,13 +187,19 @@ def test_learn_parts__by_places_resumes_and_opens(
 def test_learn_parts__refuses_places_that_tokens_do_not_tell(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(place_learning, "LEAST_TOLD", 100.0)
+    monkeypatch.setattr(learning, "LEAST_TOLD", 100.0)
     with pytest.raises(SettingError, match="do not tell places"):
         learn_parts(learn_options(world, tmp_path / "refused", told_by="places"))
-    learn_parts(learn_options(world, tmp_path / "run", told_by="auto", background="none"))
-    assert open_learner(tmp_path / "run").learner.places is None
+    learn_parts(learn_options(world, tmp_path / "run", background="none"))
+    run = open_learner(tmp_path / "run").learner
+    assert run.places is None
+    assert run.architecture.told_by == "tokens"
 
 
-def test_learn_parts__by_tokens_learns_no_places(world: World, tmp_path: Path) -> None:
-    learn_parts(learn_options(world, tmp_path / "run", told_by="tokens", background="none"))
-    assert open_learner(tmp_path / "run").learner.places is None
+def test_learn_parts__by_tokens_without_their_background_learns_no_places(
+    world: World, tmp_path: Path
+) -> None:
+    for background in ("none", "voted"):
+        run = tmp_path / background
+        learn_parts(learn_options(world, run, told_by="tokens", background=background))
+        assert open_learner(run).learner.places is None
