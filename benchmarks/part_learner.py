@@ -1,8 +1,8 @@
-"""Variants of the part learner and its baselines against true part labels, over seeds.
+"""Variants of the part learner and its baselines, over seeds; against true part labels, if any.
 
-Run: ``python -m semmae.benchmarks.part_learner ENCODER DATA LABELS [--seeds 4] [--variants A,B]``,
-for instance ``stages/creature_encoder.safetensors work/creatures/images work/creatures/labels``
-after ``semmae data make-creatures --output work/creatures``.
+Run: ``python -m semmae.benchmarks.part_learner ENCODER DATA [LABELS] [--seeds 4]
+[--variants A,B]``, for instance with ``stages/creature_encoder.safetensors work/creatures/images
+work/creatures/labels`` after ``semmae data make-creatures --output work/creatures``.
 
 Parts are learned on the train split without labels and measured on the val split by the functions
 of ``semmae eval parts``; tokens are read once for all.  A line is a mean over seeds and, below it,
@@ -21,6 +21,7 @@ import torch
 from semmae.models.encoders import FrozenEncoder
 from semmae.models.parts import LEARNED, PartLearner
 from semmae.models.places import PlacePredictor
+from semmae.pipeline.feeding import TrainingData
 from semmae.pipeline.image_source import ImageSource, drawn
 from semmae.pipeline.loaders import SquashedData
 from semmae.pipeline.schedule import Draw
@@ -43,14 +44,17 @@ VARIANTS: dict[str, dict[str, object]] = {
     "by tokens": {"told_by": "tokens"},
     "kmeans by places": {"variant": "kmeans", "told_by": "places"},
     "voted background": {"background": "voted"},
+    "paper": {"variant": "paper"},
+    "paper, predicted background": {"variant": "paper", "background": "predicted"},
+    "perceptual 1": {"perceptual_weight": 1.0},
+    "consistency 1": {"consistency_weight": 1.0},
     "no background": {"background": "none"},
     "class share 0": {"class_share": 0.0},
     "class share 0.5": {"class_share": 0.5},
     "diversity 0": {"diversity_weight": 0.0},
     "blur 0": {"blur": 0.0},
     "blur 2": {"blur": 2.0},
-    "averaging 0": {"averaging": 0.0},
-    "averaging 1": {"averaging": 1.0},
+    "blur 1": {"blur": 1.0},
     "affinity 0": {"affinity": 0.0},
     "affinity 0.2": {"affinity": 0.2},
     "5 parts": {"num_parts": 5},
@@ -60,7 +64,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "positions kept": {"positions": "keep"},
     "positions removed": {"positions": "remove"},
 }
-"""Changes of `LearnPartsOptions` by name; only what can be learned from tokens alone."""
+"""Changes of `LearnPartsOptions` by name."""
 
 COLUMNS = {
     "FG-NMI": "fg_nmi",
@@ -116,14 +120,18 @@ class Bench:
         learner = started_learner(tokens, self.grid, options, places)
         if options.variant not in LEARNED:
             return learner.eval()
-        cached = CachedTokens(tokens, "")
         whole = SquashedData(self.train_images, self.size)
-        task = PartLearning(self.encoder, learner, cached, whole, options, self.size)
+        # Pixels and second views are made of the images, all else of the tokens.
+        data: TrainingData = CachedTokens(tokens, "")
+        if options.rebuilds_pixels or options.consistency_weight:
+            data = whole
+        task = PartLearning(self.encoder, learner, data, whole, options, self.size)
         optimizer = torch.optim.AdamW(learner.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
         generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
         for _ in range(STEPS):
-            chosen = torch.randint(0, len(cached), (BATCH,), generator=generator).tolist()
-            loss, _terms = task.loss(cached.__getitems__([Draw(i, 0, 0.0) for i in chosen]))
+            chosen = torch.randint(0, len(data), (BATCH,), generator=generator).tolist()
+            loss, _terms = task.loss(data.__getitems__([Draw(i, 0, 0.0) for i in chosen]))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -143,7 +151,7 @@ class Bench:
 
 
 def bench(
-    encoder: FrozenEncoder, data: str, labels: Path, train: int, val: int, place_images: int
+    encoder: FrozenEncoder, data: str, labels: Path | None, train: int, val: int, place_images: int
 ) -> Bench:
     """Read all tokens and labels."""
     size, patch = encoder.native_size, encoder.patch_size
@@ -199,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("encoder")
     parser.add_argument("data")
-    parser.add_argument("labels", type=Path)
+    parser.add_argument("labels", type=Path, nargs="?")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--variants", default=",".join(VARIANTS), help="names, parted by commas")
     parser.add_argument("--train-images", type=int, default=2000)
@@ -217,12 +225,13 @@ def main() -> None:
     print(" " * 22 + "".join(f"{head:>{max(len(head) + 1, 8)}}" for head in COLUMNS))
     for name in names:
         line(name, partial(_variant, made, name), given.seeds)
-    # Untrained, they have token statistics and background vote of the learner's start.
+    # Untrained, they have token statistics and background of the learner's start.
     untrained: dict[str, object] = {"variant": "grid", "background": "predicted"}
     starts = [made.learned(untrained, seed) for seed in range(given.seeds)]
     for baseline in BASELINES:
         line(baseline, partial(_baseline, made, starts, baseline), given.seeds)
-    line("probe with labels", made.probed, given.seeds)
+    if given.labels is not None:
+        line("probe with labels", made.probed, given.seeds)
 
 
 if __name__ == "__main__":

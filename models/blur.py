@@ -1,4 +1,4 @@
-"""Averages over a grid of patches, between patches that are alike.
+"""Blur over a grid of patches, between patches that are alike.
 
 Legend of shapes: B images, L = h w patches, D width.
 """
@@ -37,7 +37,7 @@ def affinities(
 
 
 def within(weights: Tensor, objects: Tensor) -> Tensor:
-    """Weights of an average that stays on each patch's side of a mask.
+    """Weights of a blur that stays on each patch's side of a mask.
 
     Args:
         weights: (B, L, L), from `affinities`.

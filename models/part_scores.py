@@ -26,12 +26,12 @@ class Patches:
     """What parts are told from.
 
     Attributes:
-        features: (B, L, D), standardised: patch tokens, or the places that they tell, averaged
+        features: (B, L, D), standardised: patch tokens, or the places that they tell; blurred
             where there is an object mask.
         style: (B, S), standardised class tokens.
         attention: (B, A, L), the class token's attention, by head.
         objects: (B, L), 1 on objects, 0 on background.
-        alike: (B, L, L), from `blur.affinities`; None where maps are not blurred.
+        alike: (B, L, L), the blur's weights, rows sum to 1; None where nothing is blurred.
         colours: (B, L, 3), mean RGB of each patch, 0 to 255; None where no image was given.
     """
 

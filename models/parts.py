@@ -6,9 +6,9 @@ that the image, or the features of its patches, can be rebuilt from them, under 
 constraint.
 
 Features of a patch are its token, or (ours, the default of ``anchored``) the places where content
-such as its own lies on objects, as `models.places` reads them from the tokens.  Where there is an
-object mask they are averaged over patches that are alike, on each patch's side of it: of a patch
-alone they are too noisy to be told apart.
+such as its own lies on objects, as `models.places` reads them from the tokens.  The blur goes over
+patches that are alike; where there is an object mask it is part of that, of the features and of the
+maps, and stays on each patch's side of the mask: alone, a patch says too little of its place.
 
 What the paper leaves open stays available by name (`VARIANTS`).  Learned:
 
@@ -20,8 +20,7 @@ What the paper leaves open stays available by name (`VARIANTS`).  Learned:
 
 Baselines, with nothing to train: ``kmeans`` over the data set, ``image-kmeans`` of the tokens and
 ``colour`` regions inside each image, the raw class-token ``attention`` of each head, and a fixed
-``grid``.  All variants share background, averages, blur and
-labels.
+``grid``.  All variants share background, blur and labels.
 
 Legend of shapes: B images, h w patches, L = h w, D width, S width of the class token, F width of
 features, P channels of the part map, N parts that are told apart by the variant, C background
@@ -71,11 +70,9 @@ class PartArchitecture:
         clusters: C, for ``voted``.
         class_share: Weight of the class-token term against the anchor, both of unit length.
         temperature: Of the softmax over parts.
-        blur: Standard deviation of the blur of the maps, patches; 0 does not blur.
-        averaging: The same of the averages of what patches say before it is used: whether they are
-            background, and the features of objects.
-        affinity: Temperature of the cosines of patch tokens that blur and averages go by, too; 0:
-            by distance alone.
+        blur: Standard deviation of the blur, patches; 0 does not blur.
+        affinity: Temperature of the cosines of patch tokens that the blur goes by, too; 0 blurs by
+            distance alone.
         pixel_decoder: Whether there is an AdaIN decoder to pixels.
         decoder_width: C of its first layer.
         decoder_noise: Per-layer noise in it.
@@ -94,8 +91,7 @@ class PartArchitecture:
     clusters: int = 128
     class_share: float = 0.2
     temperature: float = 0.1
-    blur: float = 1.0
-    averaging: float = 2.0
+    blur: float = 1.5
     affinity: float = 0.3
     pixel_decoder: bool = False
     decoder_width: int = 64
@@ -115,10 +111,10 @@ class PartArchitecture:
             raise SettingError(f"--num-parts is {self.parts}: expected 1 to 250")
         if self.background == "voted" and self.clusters < 2:
             raise SettingError(f"--clusters is {self.clusters}: expected 2 or more")
-        if self.temperature <= 0 or min(self.blur, self.averaging, self.affinity) < 0:
+        if self.temperature <= 0 or min(self.blur, self.affinity) < 0:
             raise SettingError(
-                f"--temperature is {self.temperature}, --blur {self.blur}, --averaging "
-                f"{self.averaging} and --affinity {self.affinity}: expected above 0, and 0 or more"
+                f"--temperature is {self.temperature}, --blur {self.blur} and --affinity "
+                f"{self.affinity}: expected above 0, 0 or more, and 0 or more"
             )
         if self.background == "token" and self.variant not in LEARNED:
             raise SettingError(
@@ -225,16 +221,16 @@ class PartLearner(nn.Module):
         with torch.autocast(tokens.patches.device.type, enabled=False):
             shape, standard = self.architecture, self.standardised(tokens)
             told = None if self.places is None else self.places.told(tokens.patches, grid)
-            near = self._affinities(standard, grid, shape.averaging) if shape.masked else None
-            objects = self._objects(standard, told, near)
+            alike = affinities(standard, grid, shape.blur, shape.affinity) if shape.blur else None
+            objects = self._objects(standard, told, alike)
             by_places = shape.told_by == "places"
             features = told.shares if told is not None and by_places else standard
-            if near is not None:
-                features = within(near, objects) @ features
+            if shape.masked and alike is not None:
+                alike = within(alike, objects)
+                features = alike @ features
             if self.places is not None and by_places:
                 features = self.places.features(features)
             style = (tokens.class_token.float() - self.class_mean) / self.class_std
-            alike = self._affinities(standard, grid, shape.blur)
             return Patches(features, style, tokens.attention.float(), objects, alike, colours)
 
     def standardised(self, tokens: Tokens) -> Tensor:
@@ -261,15 +257,8 @@ class PartLearner(nn.Module):
                 maps = maps @ patches.alike.transpose(1, 2)
             return maps.unflatten(2, grid)  # type: ignore[no-any-return]
 
-    def _affinities(
-        self, standard: Tensor, grid: tuple[int, int], deviation: float
-    ) -> Tensor | None:
-        return (
-            affinities(standard, grid, deviation, self.architecture.affinity) if deviation else None
-        )
-
-    def _objects(self, standard: Tensor, told: Told | None, near: Tensor | None) -> Tensor:
-        """Which patches belong to an object, by what they and those near and alike say, (B, L).
+    def _objects(self, standard: Tensor, told: Told | None, alike: Tensor | None) -> Tensor:
+        """Which patches belong to an object, by what they and others like them say, (B, L).
 
         1 on objects, 0 on background; all 1 where no mask is made.
         """
@@ -280,8 +269,8 @@ class PartLearner(nn.Module):
             votes = self.objectness[torch.cdist(standard, self.centres).argmin(dim=-1)]
         else:
             return standard.new_ones(standard.shape[:2])
-        if near is not None:
-            votes = (near @ votes[..., None])[..., 0]
+        if alike is not None:
+            votes = (alike @ votes[..., None])[..., 0]
         return (votes > 0).to(standard.dtype)
 
     def forward(

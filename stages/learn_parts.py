@@ -72,16 +72,15 @@ class LearnPartsOptions(TrainingOptions):
     ] = "area"
     class_share: Annotated[float, "Weight of the class-token term in anchored part tokens."] = 0.2
     temperature: Annotated[float, "Of the softmax over parts."] = 0.1
-    blur: Annotated[float, "Standard deviation of the blur of the maps, patches."] = 1.0
-    averaging: Annotated[
+    blur: Annotated[
         float,
-        "The same of the averages of what patches say: whether they are background, and the "
-        "features of objects.",
-    ] = 2.0
+        "Standard deviation of the blur, patches: of the maps and, inside an object mask, of the "
+        "features.",
+    ] = 1.5
     affinity: Annotated[
         float,
-        "Temperature of the cosines of patch tokens that blur and averages go by, too; 0: by "
-        "distance alone.",
+        "Temperature of the cosines of patch tokens that the blur goes by, too; 0: by distance "
+        "alone.",
     ] = 0.3
     diversity_weight: Annotated[float, "Of the diversity constraint."] = 0.1
     feature_weight: Annotated[
@@ -124,8 +123,7 @@ class LearnPartsOptions(TrainingOptions):
         require(self.cached_images >= 0, "cached_images", self.cached_images, "0 or more")
         parse_reading(self.blocks, self.facet, self.pooled)
         require(self.class_share >= 0, "class_share", self.class_share, "0 or more")
-        for name in ("blur", "averaging"):
-            require(0 <= getattr(self, name) <= 8, name, getattr(self, name), "0 to 8 patches")
+        require(0 <= self.blur <= 8, "blur", self.blur, "0 to 8 patches")
         require(self.affinity >= 0, "affinity", self.affinity, "0 or more")
         for loss, weight in self.loss_weights.items():
             flag = f"{loss.removesuffix('s')}_weight"

@@ -191,7 +191,6 @@ def _shaped(
             class_share=options.class_share,
             temperature=options.temperature,
             blur=options.blur,
-            averaging=options.averaging,
             affinity=options.affinity,
             pixel_decoder=options.variant in LEARNED and options.rebuilds_pixels,
             decoder_width=options.decoder_width,

@@ -30,9 +30,9 @@ def beside(
     """A baseline with the token statistics of a learner, and as many part ids as it has.
 
     ``kmeans`` over the set, ``image_kmeans`` inside each image and ``colour`` regions have the
-    learner's background mask, averages, temperature and blur.  ``bare_kmeans``, raw ``attention``
-    heads and the fixed ``grid`` have no background; ``bare_kmeans`` and the ``grid`` are not
-    blurred either.
+    learner's background mask, temperature and blur, which is of the features, too.
+    ``bare_kmeans``, raw ``attention`` heads and the fixed ``grid`` have no background;
+    ``bare_kmeans`` and the ``grid`` are not blurred either.
 
     Args:
         learner: The learner.

@@ -115,7 +115,6 @@ def test_architecture__counts_channels_and_tokens(
         ({"parts": 251}, "--num-parts is 251"),
         ({"temperature": 0.0}, "--temperature is 0.0"),
         ({"blur": -1.0}, "--blur -1.0"),
-        ({"averaging": -1.0}, "--averaging -1.0"),
         ({"clusters": 1}, "--clusters is 1"),
     ],
 )
@@ -157,12 +156,12 @@ def test_blur__is_that_of_a_plain_loop(blur: float, affinity: float) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("affinity", [0.0, 1.0])
 @pytest.mark.parametrize("background", ["predicted", "voted"])
-def test_averages__of_the_background_come_before_it_is_decided(
+def test_blur__of_the_background_comes_before_it_is_decided(
     affinity: float, background: str
 ) -> None:
-    made = learner(averaging=1.0, affinity=affinity, background=background)
+    made = learner(blur=1.0, affinity=affinity, background=background)
     known = made.patches(tokens(), GRID)
-    votes = learner(averaging=0.0, background=background).patches(tokens(), GRID).objects - 0.5
+    votes = learner(blur=0.0, background=background).patches(tokens(), GRID).objects - 0.5
     if made.places is not None:
         votes = 0.5 - made.places.told(tokens().patches, GRID).background
     for image in range(2):
@@ -175,8 +174,8 @@ def test_averages__of_the_background_come_before_it_is_decided(
 
 @torch.no_grad()
 @pytest.mark.parametrize("told_by", ["tokens", "places"])
-def test_averages__of_features_stay_on_their_side_of_the_mask(told_by: str) -> None:
-    made = learner(averaging=1.5, background="predicted", told_by=told_by)
+def test_blur__of_features_stays_on_its_side_of_the_mask(told_by: str) -> None:
+    made = learner(blur=1.5, background="predicted", told_by=told_by)
     known = made.patches(tokens(), GRID)
     standard = made.standardised(tokens())
     assert made.places is not None
@@ -196,14 +195,24 @@ def test_averages__of_features_stay_on_their_side_of_the_mask(told_by: str) -> N
 
 @torch.no_grad()
 @pytest.mark.parametrize("background", ["token", "none"])
-def test_averages__there_are_none_without_a_mask(background: str) -> None:
-    made = learner(averaging=1.5, background=background)
+def test_blur__of_features_there_is_none_without_a_mask(background: str) -> None:
+    made = learner(blur=1.5, background=background)
     known = made.patches(tokens(), GRID)
     assert torch.equal(known.features, made.standardised(tokens()))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("background", ["predicted", "voted"])
+def test_maps__are_background_where_the_mask_says_so(background: str) -> None:
+    made = learner(blur=1.5, background=background)
+    known = made.patches(tokens(), GRID)
+    found = made.maps(known, GRID)[:, 0].flatten(1)
+    torch.testing.assert_close(found, 1 - known.objects, rtol=0, atol=1e-6)
+    assert 0 < known.objects.mean() < 1
+
+
 def test_standardise__undoes_mean_and_deviation() -> None:
-    made = learner(averaging=0.0)
+    made = learner(blur=0.0)
     wanted = tokens()
     raw = Tokens(
         wanted.class_token * made.class_std + made.class_mean,
@@ -218,7 +227,7 @@ def test_standardise__undoes_mean_and_deviation() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("background", ["voted", "token", "none"])
 def test_maps__move_with_the_patches(variant: str, background: str) -> None:
-    made = learner(variant=variant, background=background, blur=0.0, averaging=0.0)
+    made = learner(variant=variant, background=background, blur=0.0)
     given_tokens = tokens()
     order = torch.randperm(15, generator=torch.Generator().manual_seed(3))
     moved = Tokens(given_tokens.class_token, given_tokens.patches[:, order], torch.zeros(0))
@@ -228,7 +237,7 @@ def test_maps__move_with_the_patches(variant: str, background: str) -> None:
 
 @torch.no_grad()
 def test_maps__of_the_voted_background_follow_the_clusters() -> None:
-    made = learner(blur=0.0, averaging=0.0)
+    made = learner(blur=0.0)
     known = made.patches(tokens(), GRID)
     patches, mask = known.features, known.objects
     maps = made.maps(known, GRID).flatten(2)

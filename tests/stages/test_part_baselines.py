@@ -25,7 +25,7 @@ def tokens(count: int = 30) -> Tokens:
 def learner(background: str, **changes: object) -> PartLearner:
     torch.manual_seed(0)
     shape: dict[str, object] = {"width": WIDTH, "parts": 3, "clusters": 4}
-    shape |= {"temperature": 0.3, "blur": 0.9, "averaging": 0.3, "affinity": 0.0}
+    shape |= {"temperature": 0.3, "blur": 0.4, "affinity": 0.0}
     if background == "predicted":
         shape |= {"place_cells": 4, "grid_places": 12, "told_by": "places"}
     made = PartLearner(PartArchitecture(background=background, **{**shape, **changes}))  # type: ignore[arg-type]
@@ -77,12 +77,11 @@ def test_beside__shares_the_mask_where_it_is_meant_to(name: Baseline, background
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_beside__shares_averages_temperature_and_blur_but_where_it_is_bare(name: Baseline) -> None:
+def test_beside__shares_temperature_and_blur_but_where_it_is_bare(name: Baseline) -> None:
     made = beside(learner("voted"), tokens(), GRID, name, seed=0).architecture
     assert made.temperature == 0.3
-    assert made.averaging == 0.3
     assert made.told_by == "tokens"
-    assert made.blur == (0.0 if name in ("bare_kmeans", "grid") else 0.9)
+    assert made.blur == (0.0 if name in ("bare_kmeans", "grid") else 0.4)
     assert not made.pixel_decoder
 
 
