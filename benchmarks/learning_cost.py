@@ -95,6 +95,7 @@ def learning(encoder: FrozenEncoder, images: NoiseImages, pixels: bool) -> PartL
         grid_places=math.prod(encoder.native_size) // encoder.patch_size**2,
         place_cells=CELLS,
         told_by="places",
+        look_rounds=options.rounds_of_looks,
         background="predicted",
     )
     learner = PartLearner(shape)

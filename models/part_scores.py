@@ -33,6 +33,7 @@ class Patches:
         objects: (B, L), 1 on objects, 0 on background.
         alike: (B, L, L), the blur's weights, rows sum to 1; None where nothing is blurred.
         colours: (B, L, 3), mean RGB of each patch, 0 to 255; None where no image was given.
+        looks: (B, L, D), blurred standardised tokens; None where parts do not go by them.
     """
 
     features: Tensor
@@ -41,6 +42,7 @@ class Patches:
     objects: Tensor
     alike: Tensor | None = None
     colours: Tensor | None = None
+    looks: Tensor | None = None
 
 
 class AnchoredTokens(nn.Module):

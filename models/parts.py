@@ -38,6 +38,7 @@ from ..errors import SettingError
 from .blur import affinities, within
 from .decoder import PixelDecoder
 from .encoders import Tokens
+from .looks import refined
 from .part_scores import (
     AnchoredTokens,
     AttentionHeads,
@@ -68,6 +69,8 @@ class PartArchitecture:
             ``voted``: it is voted for by clusters of patch tokens; ``token``: channel 0 is one
             more part token; ``none``: no channel is set apart.
         clusters: C, for ``voted``.
+        look_rounds: Rounds in which patches also go by how parts look in their image; see `looks`.
+        look_temperature: Of the distances there.
         class_share: Weight of the class-token term against the anchor, both of unit length.
         temperature: Of the softmax over parts.
         blur: Standard deviation of the blur, patches; 0 does not blur.
@@ -89,6 +92,8 @@ class PartArchitecture:
     variant: Variant = "anchored"
     background: Literal["predicted", "voted", "token", "none"] = "voted"
     clusters: int = 128
+    look_rounds: int = 0
+    look_temperature: float = 0.1
     class_share: float = 0.2
     temperature: float = 0.1
     blur: float = 1.5
@@ -115,6 +120,11 @@ class PartArchitecture:
             raise SettingError(
                 f"--temperature is {self.temperature}, --blur {self.blur} and --affinity "
                 f"{self.affinity}: expected above 0, 0 or more, and 0 or more"
+            )
+        if self.look_rounds < 0 or self.look_temperature <= 0:
+            raise SettingError(
+                f"--look-rounds is {self.look_rounds} and --look-temperature "
+                f"{self.look_temperature}: expected 0 or more, and above 0"
             )
         if self.background == "token" and self.variant not in LEARNED:
             raise SettingError(
@@ -231,7 +241,11 @@ class PartLearner(nn.Module):
             if self.places is not None and by_places:
                 features = self.places.features(features)
             style = (tokens.class_token.float() - self.class_mean) / self.class_std
-            return Patches(features, style, tokens.attention.float(), objects, alike, colours)
+            looks = None
+            if shape.look_rounds:
+                looks = standard if alike is None else alike @ standard
+            attention = tokens.attention.float()
+            return Patches(features, style, attention, objects, alike, colours, looks)
 
     def standardised(self, tokens: Tokens) -> Tensor:
         """Patch tokens (B, L, D) of zero mean and unit variance over the data set."""
@@ -249,8 +263,18 @@ class PartLearner(nn.Module):
             ``background`` is ``none``.
         """
         with torch.autocast(patches.features.device.type, enabled=False):
-            maps = self.scores(patches)
-            if self.architecture.masked:
+            shape, maps = self.architecture, self.scores(patches)
+            if shape.look_rounds:
+                assert patches.looks is not None
+                maps = refined(
+                    maps,
+                    patches.looks,
+                    patches.objects,
+                    patches.alike,
+                    shape.look_rounds,
+                    shape.look_temperature,
+                )
+            if shape.masked:
                 objects = patches.objects[:, None]
                 maps = torch.cat([1 - objects, maps * objects], dim=1)
             if patches.alike is not None:

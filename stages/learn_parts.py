@@ -82,6 +82,14 @@ class LearnPartsOptions(TrainingOptions):
         "Temperature of the cosines of patch tokens that the blur goes by, too; 0: by distance "
         "alone.",
     ] = 0.3
+    look_rounds: Annotated[
+        int | None,
+        "Rounds in which patches also go by how parts look in their own image; default 3 if "
+        "anchored, 0 otherwise.",
+    ] = None
+    look_temperature: Annotated[
+        float, "Of the distances of patch tokens to the part's mean token in those rounds."
+    ] = 0.1
     diversity_weight: Annotated[float, "Of the diversity constraint."] = 0.1
     feature_weight: Annotated[
         float | None, "Of rebuilding the encoder's features; default 1 if anchored, 0 if paper."
@@ -129,7 +137,12 @@ class LearnPartsOptions(TrainingOptions):
             flag = f"{loss.removesuffix('s')}_weight"
             require(weight >= 0, flag, weight, "0 or more")
         PartArchitecture(
-            width=1, parts=self.num_parts, clusters=self.clusters, temperature=self.temperature
+            width=1,
+            parts=self.num_parts,
+            clusters=self.clusters,
+            look_rounds=self.rounds_of_looks,
+            look_temperature=self.look_temperature,
+            temperature=self.temperature,
         )
         self._refuse_idle_weights()
 
@@ -167,6 +180,13 @@ class LearnPartsOptions(TrainingOptions):
     def by_places(self) -> bool:
         """Whether parts are told by places."""
         return self.told_by == "places" or (self.told_by == "auto" and self.variant == "anchored")
+
+    @property
+    def rounds_of_looks(self) -> int:
+        """Rounds in which patches also go by how parts look in their own image."""
+        if self.look_rounds is None:
+            return 3 if self.variant == "anchored" else 0
+        return self.look_rounds
 
     @property
     def rebuilds_pixels(self) -> bool:

@@ -188,6 +188,8 @@ def _shaped(
             variant=options.variant,
             background=options.background_kind,
             clusters=options.clusters,
+            look_rounds=options.rounds_of_looks,
+            look_temperature=options.look_temperature,
             class_share=options.class_share,
             temperature=options.temperature,
             blur=options.blur,

@@ -79,5 +79,5 @@ def _shape(
         "attention": {"variant": "attention", **whole, "parts": heads},
         "grid": {"variant": "grid", **whole, "blur": 0.0, "grid_places": grid[0] * grid[1]},
     }
-    plain: dict[str, Any] = {"pixel_decoder": False, "told_by": "tokens"}
+    plain: dict[str, Any] = {"pixel_decoder": False, "told_by": "tokens", "look_rounds": 0}
     return replace(shape, **{**plain, **changes[variant]})
