@@ -35,7 +35,7 @@ from semmae.stages.learn_parts import LearnPartsOptions
 from semmae.stages.networks import open_encoder
 from semmae.stages.part_start import position_share, started_learner, voting_learner
 from semmae.stages.part_training import CachedTokens, PartLearning
-from semmae.stages.place_learning import learn_places, sample_views
+from semmae.stages.place_learning import learn_places, sample_place_views
 
 STEPS, BATCH, LEARNING_RATE, AT_ONCE = 400, 48, 1e-3, 64
 
@@ -50,8 +50,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "consistency 1": {"consistency_weight": 1.0},
     "no background": {"background": "none"},
     "no looks": {"look_rounds": 0},
-    "looks 1 round, 0.05": {"look_rounds": 1, "look_temperature": 0.05},
-    "looks 0.05": {"look_temperature": 0.05},
+    "looks 1 round": {"look_rounds": 1},
+    "looks 0.1": {"look_temperature": 0.1},
     "looks 0.2": {"look_temperature": 0.2},
     "class share 0": {"class_share": 0.0},
     "class share 0.5": {"class_share": 0.5},
@@ -109,7 +109,7 @@ class Bench:
         options = LearnPartsOptions(data="", encoder="", output=Path(), seed=seed)
         tokens = self.train.tokens["whole"]
         voter = voting_learner(tokens, self.grid, options)
-        views = sample_views(
+        views = sample_place_views(
             self.encoder, voter, self.train_images, self.size, self.place_images, seed
         )
         device = self.encoder.mean.device

@@ -93,7 +93,7 @@ class PartArchitecture:
     background: Literal["predicted", "voted", "token", "none"] = "voted"
     clusters: int = 128
     look_rounds: int = 0
-    look_temperature: float = 0.1
+    look_temperature: float = 0.05
     class_share: float = 0.2
     temperature: float = 0.1
     blur: float = 1.5
@@ -233,19 +233,27 @@ class PartLearner(nn.Module):
             told = None if self.places is None else self.places.told(tokens.patches, grid)
             alike = affinities(standard, grid, shape.blur, shape.affinity) if shape.blur else None
             objects = self._objects(standard, told, alike)
-            by_places = shape.told_by == "places"
-            features = told.shares if told is not None and by_places else standard
             if shape.masked and alike is not None:
                 alike = within(alike, objects)
-                features = alike @ features
-            if self.places is not None and by_places:
-                features = self.places.features(features)
-            style = (tokens.class_token.float() - self.class_mean) / self.class_std
-            looks = None
-            if shape.look_rounds:
-                looks = standard if alike is None else alike @ standard
-            attention = tokens.attention.float()
-            return Patches(features, style, attention, objects, alike, colours, looks)
+            return Patches(
+                self._features(standard, told, alike),
+                (tokens.class_token.float() - self.class_mean) / self.class_std,
+                tokens.attention.float(),
+                objects,
+                alike,
+                colours,
+                _blurred(standard, alike) if shape.look_rounds else None,
+            )
+
+    def _features(self, standard: Tensor, told: Told | None, alike: Tensor | None) -> Tensor:
+        """What parts are told by, (B, L, F), blurred where there is an object mask."""
+        if not self.architecture.masked:
+            alike = None
+        if self.architecture.told_by == "tokens":
+            return _blurred(standard, alike)
+        assert self.places is not None
+        assert told is not None
+        return self.places.features(_blurred(told.shares, alike))
 
     def standardised(self, tokens: Tokens) -> Tensor:
         """Patch tokens (B, L, D) of zero mean and unit variance over the data set."""
@@ -293,9 +301,7 @@ class PartLearner(nn.Module):
             votes = self.objectness[torch.cdist(standard, self.centres).argmin(dim=-1)]
         else:
             return standard.new_ones(standard.shape[:2])
-        if alike is not None:
-            votes = (alike @ votes[..., None])[..., 0]
-        return (votes > 0).to(standard.dtype)
+        return (_blurred(votes[..., None], alike)[..., 0] > 0).to(standard.dtype)
 
     def forward(
         self, tokens: Tokens, grid: tuple[int, int], images: Tensor | None = None
@@ -305,43 +311,15 @@ class PartLearner(nn.Module):
         return self.maps(self.patches(tokens, grid, colours), grid)
 
 
+def _blurred(values: Tensor, alike: Tensor | None) -> Tensor:
+    """Values of patches (B, L, ...), blurred by the weights (B, L, L) if there are any."""
+    return values if alike is None else alike @ values
+
+
 def patch_colours(images: Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean colour of each patch, (B, L, 3), 0 to 255, of images uint8 (B, H, W, 3)."""
     pixels = images.permute(0, 3, 1, 2).float()
     return F.adaptive_avg_pool2d(pixels, grid).flatten(2).transpose(1, 2)
-
-
-def rebuilt_features(maps: Tensor, patches: Tensor) -> Tensor:
-    """Each place rebuilt from the mean feature of each part in its image.
-
-    Args:
-        maps: (B, P, L), summing to 1 at each place.
-        patches: (B, L, D).
-
-    Returns:
-        (B, L, D): the sum over parts of map times mean feature.
-    """
-    means = maps @ patches / maps.sum(dim=2, keepdim=True).clamp_min(1e-6)
-    return maps.transpose(1, 2) @ means
-
-
-def diversity(maps: Tensor) -> Tensor:
-    """The diversity constraint L_d: parts attend to different places (paper, section 3.1).
-
-    Ours: the paper does not give the formula.  This is the mean cosine between the blurred maps
-    of two different parts, 0 where no two parts overlap, 1 where all are the same map.
-
-    Args:
-        maps: (B, P, L).
-
-    Returns:
-        (B,), in [0, 1].
-    """
-    unit = F.normalize(maps, dim=2)
-    parts = maps.shape[1]
-    cosines = unit @ unit.transpose(1, 2)
-    off_diagonal = cosines.sum(dim=(1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(dim=1)
-    return off_diagonal / max(parts * (parts - 1), 1)
 
 
 def part_labels(maps: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,8 @@ from ..storage.checkpoints import checkpoints, load_checkpoint
 from .networks import ENCODER_FILE, image_size_of, open_encoder, parse_reading, shaped_learner
 from .part_start import sample_tokens, started_learner, voting_learner
 from .part_training import CachedTokens, PartLearning
-from .place_learning import LEAST_TOLD, learn_places, sample_views
-from .second_views import sample_views as sample_second_views
+from .place_learning import LEAST_TOLD, learn_places, sample_place_views
+from .second_views import sample_views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class LearnPartsOptions(TrainingOptions):
     ] = None
     look_temperature: Annotated[
         float, "Of the distances of patch tokens to the part's mean token in those rounds."
-    ] = 0.1
+    ] = 0.05
     diversity_weight: Annotated[float, "Of the diversity constraint."] = 0.1
     feature_weight: Annotated[
         float | None, "Of rebuilding the encoder's features; default 1 if anchored, 0 if paper."
@@ -276,7 +276,7 @@ def _training_data(
         return whole, tokens
     views = None
     if options.consistency_weight:
-        views = sample_second_views(encoder, images, size, count, options.seed)
+        views = sample_views(encoder, images, size, count, options.seed)
     return CachedTokens(tokens, whole.fingerprint, views), tokens
 
 
@@ -295,7 +295,7 @@ def _started(
             options = replace(options, background="none")
     if not options.learns_places:
         return started_learner(tokens, grid, options)
-    views = sample_views(encoder, voter, images, size, options.place_images, options.seed)
+    views = sample_place_views(encoder, voter, images, size, options.place_images, options.seed)
     places, told = learn_places(
         views, tokens.patches, grid, options.place_steps, options.seed, encoder.mean.device
     )

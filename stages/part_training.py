@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..models.encoders import FrozenEncoder, Tokens
-from ..models.parts import PartLearner, diversity, part_labels, rebuilt_features
+from ..models.part_losses import diversity, rebuilt_features
+from ..models.parts import PartLearner, part_labels
 from ..models.vision import normalise
 from ..pipeline.feeding import Batch, TrainingData
 from ..pipeline.loaders import SquashedData

@@ -52,7 +52,7 @@ class PlaceViews:
 
 
 @torch.no_grad()
-def sample_views(
+def sample_place_views(
     encoder: FrozenEncoder,
     voter: PartLearner,
     images: ImageSource,

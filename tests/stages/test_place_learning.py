@@ -19,7 +19,7 @@ from semmae.pipeline.sources import list_images
 from semmae.stages import learn_parts as learning
 from semmae.stages.learn_parts import learn_parts
 from semmae.stages.networks import open_learner
-from semmae.stages.place_learning import PlaceViews, learn_places, sample_views
+from semmae.stages.place_learning import PlaceViews, learn_places, sample_place_views
 from semmae.tests.world import World, learn_options
 
 CPU = torch.device("cpu")
@@ -87,14 +87,14 @@ def voter(everything: bool = True) -> PartLearner:
 
 
 def views_and_tokens(images: ImageSource) -> tuple[tuple[PlaceViews, PlaceViews], Tensor]:
-    views = sample_views(encoder(), voter(), images, (64, 64), 90, seed=0)
+    views = sample_place_views(encoder(), voter(), images, (64, 64), 90, seed=0)
     whole = [scaled(torch.from_numpy(images.decoded(i))[None]) for i in range(len(images))]
     return views, torch.cat([Colours().features(one).patches for one in whole])
 
 
-def test_sample_views__cells_are_where_the_content_lay(tmp_path: Path) -> None:
+def test_sample_place_views__cells_are_where_the_content_lay(tmp_path: Path) -> None:
     images = source(tmp_path, telling, 90)
-    windows, crops = sample_views(encoder(), voter(), images, (64, 64), 90, seed=0)
+    windows, crops = sample_place_views(encoder(), voter(), images, (64, 64), 90, seed=0)
     assert windows.tokens.shape == (90, 16, 3)
     assert windows.grid == (4, 4)
     assert crops.tokens.shape == (90, 64, 3)
@@ -111,18 +111,18 @@ def test_sample_views__cells_are_where_the_content_lay(tmp_path: Path) -> None:
     assert 0.25 < (width.max - width.min).mean() < 0.5
 
 
-def test_sample_views__what_the_voter_calls_background_is_background(tmp_path: Path) -> None:
+def test_sample_place_views__what_the_voter_calls_background_is_background(tmp_path: Path) -> None:
     images = source(tmp_path, telling, 40)
-    for views in sample_views(encoder(), voter(False), images, (64, 64), 40, seed=0):
+    for views in sample_place_views(encoder(), voter(False), images, (64, 64), 40, seed=0):
         at = views.tokens[..., 0].float()
         sure = (at - 0.5).abs() > 0.1
         assert torch.equal((views.cells == CELLS**2)[sure], (at > 0.5)[sure])
 
 
-def test_sample_views__are_the_same_again(tmp_path: Path) -> None:
+def test_sample_place_views__are_the_same_again(tmp_path: Path) -> None:
     images = source(tmp_path, telling)
     first, second = (
-        sample_views(encoder(), voter(), images, (64, 64), 9, seed=3) for _ in range(2)
+        sample_place_views(encoder(), voter(), images, (64, 64), 9, seed=3) for _ in range(2)
     )
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.tokens, other.tokens)
@@ -154,7 +154,7 @@ def test_learn_places__tokens_that_say_nothing_tell_nothing(tmp_path: Path) -> N
 
 def test_learn_places__predicts_the_background(tmp_path: Path) -> None:
     images = source(tmp_path, telling, 60)
-    views = sample_views(encoder(), voter(False), images, (64, 64), 60, seed=0)
+    views = sample_place_views(encoder(), voter(False), images, (64, 64), 60, seed=0)
     _, tokens = views_and_tokens(images)
     model, _ = learn_places(views, tokens.roll(8 * 4, dims=1), (8, 8), 300, 0, CPU)
     crops = views[1]
