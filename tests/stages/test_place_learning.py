@@ -17,6 +17,7 @@ from semmae.models.vision import scaled
 from semmae.pipeline.image_source import ImageSource
 from semmae.pipeline.sources import list_images
 from semmae.stages import learn_parts as learning
+from semmae.stages import part_start
 from semmae.stages.learn_parts import learn_parts
 from semmae.stages.networks import open_learner
 from semmae.stages.place_learning import PlaceViews, learn_places, sample_place_views
@@ -194,6 +195,24 @@ def test_learn_parts__refuses_places_that_tokens_do_not_tell(
     run = open_learner(tmp_path / "run").learner
     assert run.places is None
     assert run.architecture.told_by == "tokens"
+
+
+def test_learn_parts__where_the_vote_finds_no_object_there_is_no_background(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(part_start, "OBJECT_SHARE", (2.0, 3.0))
+    monkeypatch.setattr(learning, "LEAST_TOLD", -100.0)
+    learn_parts(learn_options(world, tmp_path / "run"))
+    assert capsys.readouterr().err.count("learning without a background") == 1
+    shape = open_learner(tmp_path / "run").learner.architecture
+    assert (shape.background, shape.told_by, shape.channels) == ("none", "places", 3)
+    learn_parts(learn_options(world, tmp_path / "tokens", told_by="tokens"))
+    trained = open_learner(tmp_path / "tokens").learner
+    assert trained.architecture.background == "none"
+    assert trained.places is None
 
 
 def test_learn_parts__by_tokens_without_their_background_learns_no_places(
