@@ -110,6 +110,12 @@ def started_learner(
     if learner.architecture.masked and not _sensible(share):
         return started_learner(tokens, grid, replace(options, background="none"), places)
     start_scores(learner, points.numpy(), grid, options.seed, options.part_order)
+    if learner.architecture.places and options.positions == "auto":
+        print(
+            f"place explains {position_share(tokens.patches):.0%} of what differs between the "
+            "encoder's tokens: taking the mean token of each place off",
+            file=sys.stderr,
+        )
     return learner
 
 
@@ -271,14 +277,7 @@ def _positions_go(patches: Tensor, options: "LearnPartsOptions") -> bool:
     """
     if options.positions != "auto":
         return options.positions == "remove"
-    share = position_share(patches)
-    if share > POSITION_SHARE:
-        print(
-            f"place explains {share:.0%} of what differs between the encoder's tokens: taking the "
-            "mean token of each place off",
-            file=sys.stderr,
-        )
-    return share > POSITION_SHARE
+    return position_share(patches) > POSITION_SHARE
 
 
 def _cluster(tokens: NDArray[np.float32], clusters: int, seed: int) -> KMeans:

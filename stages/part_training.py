@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..models.encoders import FrozenEncoder, Tokens
 from ..models.part_losses import diversity, rebuilt_features
-from ..models.parts import PartLearner, part_labels
+from ..models.parts import PartLearner, part_labels, patch_colours
 from ..models.vision import normalise
 from ..pipeline.feeding import Batch, TrainingData
 from ..pipeline.loaders import SquashedData
@@ -158,10 +158,11 @@ class PartLearning(Task):
         """Draw parts of a few images and watch for parts that die."""
         images = self._examples.to(self.encoder.mean.device)
         tokens = self.encoder(images)
-        maps = self._learner(tokens, self._grid, images)
+        patches = self._learner.patches(tokens, self._grid, patch_colours(images, self._grid))
+        maps = self._learner.maps(patches, self._grid)
         labels, margin = part_labels(maps)
         shares = np.bincount(labels.cpu().numpy().ravel(), minlength=maps.shape[1]) / labels.numel()
-        picture = self._picture(images, labels, tokens, maps)
+        picture = self._picture(images, labels, patches.style, maps)
         run.picture("parts", picture)
         save_picture(run.folder / "pictures" / f"parts-epoch-{epoch:04d}.png", picture)
         dead = [str(part) for part, share in enumerate(shares) if share == 0]
@@ -174,7 +175,7 @@ class PartLearning(Task):
         return {"confidence": float(margin.mean()), "smallest_part": float(shares.min())}
 
     def _picture(
-        self, images: Tensor, labels: Tensor, tokens: Tokens, maps: Tensor
+        self, images: Tensor, labels: Tensor, style: Tensor, maps: Tensor
     ) -> NDArray[np.uint8]:
         shape = self._learner.architecture
         colours = colours_of(shape.channels, None if shape.background == "none" else 0)
@@ -186,7 +187,6 @@ class PartLearning(Task):
         ]
         rebuilt = []
         if self._learner.decoder is not None:
-            style = self._learner.patches(tokens, self._grid).style
             made = self._learner.decoder(maps, style).float()
             made = made * self.encoder.std.view(3, 1, 1) + self.encoder.mean.view(3, 1, 1)
             made = (made.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
