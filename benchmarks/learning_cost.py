@@ -122,16 +122,17 @@ def subjects_of(encoder: FrozenEncoder, batch_size: int) -> dict[str, Callable[[
     noise = np.random.default_rng(0).integers(0, 256, (batch_size, height, width, 3), np.uint8)
     images = NoiseImages(torch.from_numpy(noise))
     draws = [Draw(index, 0, 0.0) for index in range(batch_size)]
-    cached = CachedTokens(encoder(images.images), "noise")
     with_features, with_pixels, with_tokens = BARS
     features, pixels = learning(encoder, images, False), learning(encoder, images, True)
+    of_tokens = learning(encoder, images, False)
+    assert isinstance(of_tokens.model, PartLearner)
+    grid = (height // encoder.patch_size, width // encoder.patch_size)
+    cached = CachedTokens(encoder(images.images), "noise", of_tokens.model, grid)
     return {
         FORWARD: partial(encoder, images.images),
         with_features: stepping(features, partial(images.__getitems__, draws)),
         with_pixels: stepping(pixels, partial(images.__getitems__, draws)),
-        with_tokens: stepping(
-            learning(encoder, images, False), partial(cached.__getitems__, draws)
-        ),
+        with_tokens: stepping(of_tokens, partial(cached.__getitems__, draws)),
     }
 
 

@@ -126,9 +126,9 @@ class Bench:
             return learner.eval()
         whole = SquashedData(self.train_images, self.size)
         # Pixels and second views are made of the images, all else of the tokens.
-        data: TrainingData = CachedTokens(tokens, "")
-        if options.rebuilds_pixels or options.consistency_weight:
-            data = whole
+        data: TrainingData = whole
+        if not (options.rebuilds_pixels or options.consistency_weight):
+            data = CachedTokens(tokens, "", learner, self.grid)
         task = PartLearning(self.encoder, learner, data, whole, options, self.size)
         optimizer = torch.optim.AdamW(learner.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
         generator = torch.Generator().manual_seed(seed)

@@ -46,6 +46,5 @@ def within(weights: Tensor, objects: Tensor) -> Tensor:
     Returns:
         (B, L, L), rows sum to 1.
     """
-    here, there = objects[:, :, None], objects[:, None]
-    kept = weights * (here * there + (1 - here) * (1 - there))
+    kept = weights * (objects[:, :, None] == objects[:, None])
     return kept / kept.sum(dim=2, keepdim=True)

@@ -218,7 +218,11 @@ class PartLearner(nn.Module):
         self.register_buffer("objectness", torch.zeros(clusters))
 
     def patches(
-        self, tokens: Tokens, grid: tuple[int, int], colours: Tensor | None = None
+        self,
+        tokens: Tokens,
+        grid: tuple[int, int],
+        colours: Tensor | None = None,
+        told: Told | None = None,
     ) -> Patches:
         """What parts are told from: features of zero mean and unit variance, and the object mask.
 
@@ -226,11 +230,13 @@ class PartLearner(nn.Module):
             tokens: Of the encoder.
             grid: (h, w), with h w = L.
             colours: (B, L, 3), from `patch_colours`; needed by the variant ``colour`` alone.
+            told: What these tokens tell of their places, where that is known already.
         """
         # The three digits of bf16 would tie parts, and the maps would not sum to 1.
         with torch.autocast(tokens.patches.device.type, enabled=False):
             shape, standard = self.architecture, self.standardised(tokens)
-            told = None if self.places is None else self.places.told(tokens.patches, grid)
+            if told is None and self.places is not None:
+                told = self.places.told(tokens.patches, grid)
             alike = affinities(standard, grid, shape.blur, shape.affinity) if shape.blur else None
             objects = self._objects(standard, told, alike)
             if shape.masked and alike is not None:

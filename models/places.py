@@ -15,6 +15,7 @@ Legend of shapes: B images, L = h w patches, K patches of a view, D width, Q = c
 F = Q / 2 features.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,14 @@ class Told:
 
     shares: Tensor
     background: Tensor
+
+    @classmethod
+    def joined(cls, batches: "Sequence[Told]") -> "Told":
+        """Batches as one."""
+        return cls(
+            torch.cat([told.shares for told in batches]),
+            torch.cat([told.background for told in batches]),
+        )
 
 
 class PlacePredictor(nn.Module):

@@ -19,7 +19,7 @@ from ..pipeline.options import TrainingOptions, choose_device, require
 from ..pipeline.sources import Split, list_images
 from ..pipeline.training import fit, keep, refuse_foreign_folder
 from ..storage.checkpoints import checkpoints, load_checkpoint
-from .networks import ENCODER_FILE, image_size_of, open_encoder, parse_reading, shaped_learner
+from .networks import ENCODER_FILE, image_size_of, learner_of, open_encoder, parse_reading
 from .part_start import sample_tokens, started_learner, voting_learner
 from .part_training import CachedTokens, PartLearning
 from .place_learning import LEAST_TOLD, learn_places, sample_place_views
@@ -177,6 +177,11 @@ class LearnPartsOptions(TrainingOptions):
         }
 
     @property
+    def cached(self) -> int:
+        """Images whose tokens are read once and trained on; 0: all images, encoded anew."""
+        return self.cached_images if self.variant in LEARNED else 0
+
+    @property
     def by_places(self) -> bool:
         """Whether parts are told by places."""
         return self.told_by == "places" or (self.told_by == "auto" and self.variant == "anchored")
@@ -213,14 +218,14 @@ class LearnPartsOptions(TrainingOptions):
 
 
 def _recorded_learner(path: Path) -> PartLearner:
-    """The learner of a checkpoint, shaped by what its start found: the vote, above all."""
+    """The learner of a checkpoint, which is no other kind of run's."""
     state = load_checkpoint(path)
     if state.get("kind") != PartLearning.kind:
         raise MismatchError(
             f"{path.parent.parent} holds a run of kind {state.get('kind')!r}: choose another "
             "--output for the part learner"
         )
-    return shaped_learner(state, path)
+    return learner_of(state, path)
 
 
 def learn_parts(options: LearnPartsOptions) -> Path:
@@ -249,35 +254,27 @@ def learn_parts(options: LearnPartsOptions) -> Path:
     )
     size = image_size_of(options.image_size, encoder.native_size, encoder.patch_size)
     encoder.to(choose_device(options.device))
-    data, tokens = _training_data(encoder, images, size, learner is None, options)
+    tokens, count = None, max(options.sample_images, options.cached)
+    if options.cached or learner is None:
+        tokens = sample_tokens(encoder, images, size, count, options.seed)
     if learner is None:
         assert tokens is not None
-        some = _some(tokens, options)
-        learner = _started(encoder, images, size, some, options)
-    task = PartLearning(encoder, learner, data, SquashedData(images, size), options, size)
+        learner = _started(encoder, images, size, _some(tokens, options), options)
+    whole = SquashedData(images, size)
+    data: TrainingData = whole
+    if options.cached:
+        assert tokens is not None
+        views = None
+        if options.consistency_weight:
+            views = sample_views(encoder, images, size, count, options.seed)
+        learner.to(choose_device(options.device))
+        data = CachedTokens(tokens, whole.fingerprint, learner, _grid(size, encoder), views)
+    task = PartLearning(encoder, learner, data, whole, options, size)
     return fit(task, options) if learned else keep(task, options)
 
 
-def _training_data(
-    encoder: FrozenEncoder,
-    images: ImageSource,
-    size: tuple[int, int],
-    starts: bool,
-    options: LearnPartsOptions,
-) -> tuple[TrainingData, Tokens | None]:
-    """What is trained on, and tokens to start from where they are needed."""
-    whole = SquashedData(images, size)
-    cached = options.cached_images and options.variant in LEARNED
-    count = max(options.sample_images, options.cached_images) if cached else options.sample_images
-    if not (cached or starts):
-        return whole, None
-    tokens = sample_tokens(encoder, images, size, count, options.seed)
-    if not cached:
-        return whole, tokens
-    views = None
-    if options.consistency_weight:
-        views = sample_views(encoder, images, size, count, options.seed)
-    return CachedTokens(tokens, whole.fingerprint, views), tokens
+def _grid(size: tuple[int, int], encoder: FrozenEncoder) -> tuple[int, int]:
+    return size[0] // encoder.patch_size, size[1] // encoder.patch_size
 
 
 def _started(
@@ -288,7 +285,7 @@ def _started(
     options: LearnPartsOptions,
 ) -> PartLearner:
     """A learner at its start, told by places unless the tokens tell too little of them."""
-    grid = (size[0] // encoder.patch_size, size[1] // encoder.patch_size)
+    grid = _grid(size, encoder)
     if options.learns_places:
         voter = voting_learner(tokens, grid, options)
         if options.masked and not voter.architecture.masked:

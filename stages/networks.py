@@ -124,21 +124,23 @@ class TrainedLearner:
         return self.image_size[0] // patch, self.image_size[1] // patch
 
 
-def shaped_learner(state: dict[str, Any], path: Path) -> PartLearner:
-    """A part learner of the shape that a checkpoint records, its weights not loaded.
+def learner_of(state: dict[str, Any], path: Path) -> PartLearner:
+    """The part learner of a checkpoint.
 
     Args:
         state: Content of the checkpoint.
         path: Where it lies, for the message.
 
     Raises:
-        MismatchError: It records a shape that this version does not know.
+        MismatchError: Its shape or tensors do not fit, as those of another version of semmae.
     """
     record = {k: v for k, v in state["architecture"].items() if k != "image_size"}
     try:
-        return PartLearner(PartArchitecture(**record))
-    except TypeError as error:
+        learner = PartLearner(PartArchitecture(**record))
+        learner.load_state_dict(state["model"])
+    except (TypeError, RuntimeError) as error:
         raise _other_version(path) from error
+    return learner
 
 
 def _other_version(path: Path) -> MismatchError:
@@ -166,13 +168,8 @@ def open_learner(folder: Path) -> TrainedLearner:
         )
     encoder_path = path.parent.parent / ENCODER_FILE
     encoder = _encoder_of(load_checkpoint(encoder_path), str(encoder_path))
-    learner = shaped_learner(state, path).eval()
+    learner = learner_of(state, path).eval().requires_grad_(False)
     height, width = state["architecture"]["image_size"]
-    try:
-        learner.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise _other_version(path) from error
-    learner.requires_grad_(False)
     both = hashlib.sha256(f"{file_hash(path)}{file_hash(encoder_path)}".encode()).hexdigest()
     return TrainedLearner(encoder, learner, (height, width), both)
 

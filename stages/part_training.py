@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..models.encoders import FrozenEncoder, Tokens
 from ..models.part_losses import diversity, rebuilt_features
 from ..models.parts import PartLearner, part_labels, patch_colours
+from ..models.places import Told
 from ..models.vision import normalise
 from ..pipeline.feeding import Batch, TrainingData
 from ..pipeline.loaders import SquashedData
@@ -29,22 +30,32 @@ from .second_views import SecondView, disagreement, look_again
 if TYPE_CHECKING:
     from .learn_parts import LearnPartsOptions
 
+_AT_ONCE = 128
+"""Images that are asked for their places together."""
+
 
 class CachedTokens:
-    """Tokens read once, as training data of the learner.
+    """Tokens read once, and what they tell of their places, as training data of the learner.
 
     Args:
         tokens: Of all images that are trained on.
         fingerprint: Of the images that they were drawn from.
+        learner: That they are for.
+        grid: (h, w).
         views: One second view of each of the images, where consistency is asked for.
     """
 
-    def __init__(self, tokens: Tokens, fingerprint: str, views: SecondView | None = None) -> None:
-        self._kept = {"class_token": tokens.class_token, "patches": tokens.patches.half()}
+    def __init__(
+        self,
+        tokens: Tokens,
+        fingerprint: str,
+        learner: PartLearner,
+        grid: tuple[int, int],
+        views: SecondView | None = None,
+    ) -> None:
+        self._kept = _kept(tokens, learner, grid, "")
         if views is not None:
-            self._kept["view_class_token"] = views.tokens.class_token
-            self._kept["view_patches"] = views.tokens.patches
-            self._kept["view_frame"] = views.frame
+            self._kept |= {**_kept(views.tokens, learner, grid, "view_"), "view_frame": views.frame}
         told = f"{fingerprint} {tuple(tokens.patches.shape)}"
         self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
 
@@ -54,8 +65,9 @@ class CachedTokens:
     def __getitems__(self, draws: list[Draw]) -> Batch:
         """``class_token`` float32 (B, S) and ``patches`` float16 (B, L, D) of a batch.
 
-        With second views also theirs, ``view_class_token`` and ``view_patches``, and
-        ``view_frame`` float32 (B, 2, 3).
+        If the learner asks patches for their place, also ``shares`` float16 (B, L, F) and
+        ``background`` float16 (B, L), as in `models.places.Told`.  With second views also theirs,
+        all with ``view_`` before their names, and ``view_frame`` float32 (B, 2, 3).
         """
         chosen = torch.from_numpy(indices(draws))
         return {name: kept[chosen] for name, kept in self._kept.items()}
@@ -103,8 +115,8 @@ class PartLearning(Task):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction, diversity and consistency of whole images, or of their tokens."""
-        tokens = self._tokens(batch)
-        patches = self._learner.patches(tokens, self._grid)
+        tokens, told = self._tokens(batch)
+        patches = self._learner.patches(tokens, self._grid, told=told)
         maps = self._learner.maps(patches, self._grid)
         flat = maps.flatten(2).float()
         weights = self._options.loss_weights
@@ -124,9 +136,9 @@ class PartLearning(Task):
         """Tell of parts that die."""
         self._watch.after_step(progress)
 
-    def _tokens(self, batch: Batch) -> Tokens:
+    def _tokens(self, batch: Batch) -> tuple[Tokens, Told | None]:
         if "images" in batch:
-            return self.encoder(batch["images"])  # type: ignore[no-any-return]
+            return self.encoder(batch["images"]), None
         return _cached(batch, "")
 
     def _image_losses(
@@ -148,10 +160,12 @@ class PartLearning(Task):
 
     def _disagreement(self, batch: Batch, maps: Tensor) -> Tensor:
         if "images" in batch:
-            view = look_again(self.encoder, batch["images"])
+            view, told = look_again(self.encoder, batch["images"]), None
         else:
-            view = SecondView(_cached(batch, "view_"), batch["view_frame"])
-        return disagreement(maps, self._learner(view.tokens, self._grid), view.frame)
+            tokens, told = _cached(batch, "view_")
+            view = SecondView(tokens, batch["view_frame"])
+        patches = self._learner.patches(view.tokens, self._grid, told=told)
+        return disagreement(maps, self._learner.maps(patches, self._grid), view.frame)
 
     @torch.no_grad()
     def finish_epoch(self, epoch: int, run: Run) -> dict[str, float]:
@@ -194,11 +208,29 @@ class PartLearning(Task):
         return pairs_sheet(list(pixels), overlays, 8, 112, soft, *rebuilt)
 
 
-def _cached(batch: Batch, view: str) -> Tokens:
-    """The tokens that `CachedTokens` gave."""
+@torch.no_grad()
+def _kept(
+    tokens: Tokens, learner: PartLearner, grid: tuple[int, int], view: str
+) -> dict[str, Tensor]:
+    """What `CachedTokens` gives, by name."""
+    kept = {f"{view}class_token": tokens.class_token, f"{view}patches": tokens.patches.half()}
+    if learner.places is not None:
+        device = learner.token_mean.device
+        batches = torch.split(tokens.patches, _AT_ONCE)
+        told = Told.joined([learner.places.told(some.to(device), grid) for some in batches])
+        kept[f"{view}shares"] = told.shares.half().cpu()
+        kept[f"{view}background"] = told.background.half().cpu()
+    return kept
+
+
+def _cached(batch: Batch, view: str) -> tuple[Tokens, Told | None]:
+    """The tokens that `CachedTokens` gave, and what they tell of their places."""
     patches = batch[f"{view}patches"]
     # No learned variant looks at the attention.
-    return Tokens(batch[f"{view}class_token"], patches, patches.new_zeros(len(patches), 1, 1))
+    tokens = Tokens(batch[f"{view}class_token"], patches, patches.new_zeros(len(patches), 1, 1))
+    if f"{view}shares" not in batch:
+        return tokens, None
+    return tokens, Told(batch[f"{view}shares"].float(), batch[f"{view}background"].float())
 
 
 def _first_images(data: SquashedData, count: int) -> Tensor:
