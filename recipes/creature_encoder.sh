@@ -5,7 +5,7 @@
 # Makes stages/creature_encoder.safetensors, a micro ViT (128 wide, 6 deep, patch 8, 96 px), in
 # float16 to keep it under 3 MB.  Each course starts the learning rate anew.  About 40, 45, 125 and
 # 85 minutes on two CPU cores.  The demo's own images come from another seed.  Expect a labelled
-# probe of FG-NMI PROBE (docs/log.md).
+# probe of FG-NMI 39 (docs/log.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${1:-work}
