@@ -4,8 +4,8 @@ Each variant is a module of one call, from what is known of a batch (`Patches`) 
 to 1 over parts at each place.  Background, blur and labels are `models.parts`', the same for all,
 so that variants differ in nothing else.
 
-Legend of shapes: B images, L patches, D width of features, S of class tokens, A attention heads,
-N parts.
+Legend of shapes: B images, L patches, D width of features (in `Patches.looks` of patch tokens), S
+of class tokens, A attention heads, N parts.
 """
 
 from dataclasses import dataclass

@@ -68,7 +68,7 @@ class PartArchitecture:
         background: ``predicted``: channel 0 is the background, as `models.places` predicts it;
             ``voted``: it is voted for by clusters of patch tokens; ``token``: channel 0 is one
             more part token; ``none``: no channel is set apart.
-        clusters: C, for ``voted``.
+        clusters: C, for ``voted``, and for the vote that ``predicted`` is learned from.
         look_rounds: Rounds in which patches also go by how parts look in their image; see `looks`.
         look_temperature: Of the distances there.
         class_share: Weight of the class-token term against the anchor, both of unit length.
@@ -114,7 +114,7 @@ class PartArchitecture:
         """
         if not 1 <= self.parts <= 250:
             raise SettingError(f"--num-parts is {self.parts}: expected 1 to 250")
-        if self.background == "voted" and self.clusters < 2:
+        if self.masked and self.clusters < 2:
             raise SettingError(f"--clusters is {self.clusters}: expected 2 or more")
         if self.temperature <= 0 or min(self.blur, self.affinity) < 0:
             raise SettingError(

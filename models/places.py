@@ -124,8 +124,8 @@ def object_cells(
     """Where on the object each patch of a view lies.
 
     The cells are laid over the middle of the object's patches, `SPAN` radii to each side; what
-    reaches beyond them counts to those at the edge.  Where all of the image is object, the cells
-    are of the image.
+    reaches beyond them counts to those at the edge.  Where all of the image is object, they are
+    laid over the middle of the image and reach beyond it.
 
     Args:
         frame: (B, 2, 3), where the view was taken, as in `pipeline.views.View`.

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -115,8 +115,9 @@ class LearnPartsOptions(TrainingOptions):
     ] = 1500
     cached_images: Annotated[
         int,
-        "Train on the tokens of this many images (and of one view of each, if --consistency-weight "
-        "asks), read once and kept in memory; 0: on all images, encoded anew in each epoch.",
+        "Train on the tokens of this many images, --sample-images at least (and of one view of "
+        "each, if --consistency-weight asks), read once and kept in memory; 0: on all images, "
+        "encoded anew in each epoch.",
     ] = 0
     epochs: Annotated[int, "Passes over the data."] = 5
     batch_size: Annotated[int, "Images an optimiser step."] = 64
@@ -139,11 +140,18 @@ class LearnPartsOptions(TrainingOptions):
         PartArchitecture(
             width=1,
             parts=self.num_parts,
+            variant=self.variant,
+            background=self.background_kind,
             clusters=self.clusters,
             look_rounds=self.rounds_of_looks,
             look_temperature=self.look_temperature,
             temperature=self.temperature,
         )
+        if self.told_by == "places" and self.variant in ("colour", "attention", "grid"):
+            raise SettingError(
+                f"--variant {self.variant} is told neither by places nor by tokens: expected no "
+                "--told-by"
+            )
         self._refuse_idle_weights()
 
     def _refuse_idle_weights(self) -> None:
@@ -217,15 +225,24 @@ class LearnPartsOptions(TrainingOptions):
         return self.by_places or self.background_kind == "predicted"
 
 
-def _recorded_learner(path: Path) -> PartLearner:
-    """The learner of a checkpoint, which is no other kind of run's."""
+def _recorded(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, which must be a part learner's."""
     state = load_checkpoint(path)
     if state.get("kind") != PartLearning.kind:
         raise MismatchError(
             f"{path.parent.parent} holds a run of kind {state.get('kind')!r}: choose another "
             "--output for the part learner"
         )
-    return learner_of(state, path)
+    return state
+
+
+def _refuse_other_size(state: dict[str, Any], size: tuple[int, int], output: Path) -> None:
+    height, width = state["architecture"]["image_size"]
+    if (height, width) != size:
+        raise MismatchError(
+            f"{output} holds a part learner of images of {height}x{width} pixels, and "
+            f"--image-size asks for {size[0]}x{size[1]}: set it back, or choose another --output"
+        )
 
 
 def learn_parts(options: LearnPartsOptions) -> Path:
@@ -243,7 +260,7 @@ def learn_parts(options: LearnPartsOptions) -> Path:
     if learned:  # refuses what cannot be before anything is encoded
         options.schedule(min(options.cached_images or len(images), len(images)))
     found = checkpoints(options.output)
-    learner = _recorded_learner(found[-1][1]) if found else None
+    state = _recorded(found[-1][1]) if found else None
     # A run goes on with the encoder that it began with, whatever the path holds now.
     encoder = (
         open_encoder(str(options.output / ENCODER_FILE))
@@ -253,6 +270,10 @@ def learn_parts(options: LearnPartsOptions) -> Path:
         )
     )
     size = image_size_of(options.image_size, encoder.native_size, encoder.patch_size)
+    learner = None
+    if state is not None:
+        _refuse_other_size(state, size, options.output)
+        learner = learner_of(state, found[-1][1])
     encoder.to(choose_device(options.device))
     tokens, count = None, max(options.sample_images, options.cached)
     if options.cached or learner is None:

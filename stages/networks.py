@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +135,13 @@ def learner_of(state: dict[str, Any], path: Path) -> PartLearner:
         MismatchError: Its shape or tensors do not fit, as those of another version of semmae.
     """
     record = {k: v for k, v in state["architecture"].items() if k != "image_size"}
+    # A shape that lacks a field is of a version that made maps in another way.
+    if record.keys() != {field.name for field in fields(PartArchitecture)}:
+        raise _other_version(path)
     try:
         learner = PartLearner(PartArchitecture(**record))
         learner.load_state_dict(state["model"])
-    except (TypeError, RuntimeError) as error:
+    except RuntimeError as error:
         raise _other_version(path) from error
     return learner
 

@@ -219,8 +219,8 @@ def start_scores(
 
     Args:
         learner: Changed in place; variants without such a start are left as they are.
-        of_parts: What parts are told from, (M, F), of objects alone where there is a voted
-            background.
+        of_parts: What parts are told from, (M, F), of objects alone where there is an object
+            mask.
         grid: (h, w).
         seed: Of k-means.
         order: As in `part_order`.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import SettingError
 from ..models.encoders import FrozenEncoder
 from ..models.parts import PartLearner
 from ..models.places import CELLS, PlacePredictor, object_cells
@@ -71,6 +72,9 @@ def sample_place_views(
         size: (H, W) that whole images are squashed to; windows are half of it, in whole patches.
         count: Images, at most.
         seed: Of images and views.
+
+    Raises:
+        SettingError: Not one of the images can be read.
     """
     patch, device = encoder.patch_size, encoder.mean.device
     grid = (size[0] // patch, size[1] // patch)
@@ -93,6 +97,11 @@ def sample_place_views(
                 cells = object_cells(view.frame, view_grid, objects, grid, CELLS)
                 made.append((view.tokens.patches.half().cpu(), cells.cpu()))
             progress.update(len(read))
+    if not found[0]:
+        raise SettingError(
+            f"not one of {count} images of {images.plan.root} can be read: nothing to learn from; "
+            "expected more --place-images"
+        )
     windows, crops = (
         PlaceViews(torch.cat([t for t, _ in made]), torch.cat([c for _, c in made]), view_grid)
         for made, (view_grid, _) in zip(found, kinds, strict=True)
@@ -102,25 +111,33 @@ def sample_place_views(
 
 @dataclass(frozen=True)
 class _Task:
-    """The views of one kind, those that are learned from and those held out."""
+    """The views of one kind, those that are learned from and those held out.
+
+    Attributes:
+        views: All of them.
+        known: int64, rows that are learned from.
+        held: int64, rows held out; the same images for each kind.
+        mean: Mean token of each place (K, D).
+        std: What is left of each channel's deviation (D,).
+        batch: Views a step.
+    """
 
     views: PlaceViews
+    known: Tensor
+    held: Tensor
     mean: Tensor
     std: Tensor
-    held: int
     batch: int
 
     @classmethod
-    def of(cls, views: PlaceViews, patches: int) -> "_Task":
-        count = len(views.tokens)
-        held = max(int(count * HELD_OUT), 1)
-        known = views.tokens[held:] if count > held else views.tokens
-        mean, std = _statistics(known.float())
-        return cls(views, mean, std, held, max(patches // views.tokens.shape[1], 1))
+    def of(cls, views: PlaceViews, order: Tensor, patches: int) -> "_Task":
+        count = max(int(len(order) * HELD_OUT), 1)
+        held, known = order[:count], order[count:] if len(order) > count else order
+        mean, std = _statistics(views.tokens, known)
+        return cls(views, known, held, mean, std, max(patches // views.tokens.shape[1], 1))
 
     def drawn(self) -> Tensor:
-        count = len(self.views.tokens)
-        return torch.randint(min(self.held, count - 1), count, (self.batch,))
+        return self.known[torch.randint(len(self.known), (self.batch,))]
 
     def scores(
         self, model: PlacePredictor, rows: Tensor, device: torch.device, dropout: float = 0.0
@@ -146,7 +163,7 @@ def learn_places(
     view is.
 
     Args:
-        views: What it learns from, of one or more kinds.
+        views: What it learns from, of one or more kinds, each of the same images.
         tokens: Patch tokens of whole images, float32 (B, L, D), on the CPU: statistics come from
             them.
         grid: (h, w), of whole images, with h w = L.
@@ -158,7 +175,9 @@ def learn_places(
         The predictor, on the CPU, frozen; and nats that object patches of windows (the first kind)
         of images that it has not learned from tell of their place.
     """
-    tasks = [_Task.of(kind, WINDOWS_A_STEP * views[0].tokens.shape[1]) for kind in views]
+    # Images come in the order of their classes; those held out are to be of all.
+    order = torch.randperm(len(views[0].tokens), generator=torch.Generator().manual_seed(seed))
+    tasks = [_Task.of(kind, order, WINDOWS_A_STEP * views[0].tokens.shape[1]) for kind in views]
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         Progress("learning places", steps, "step") as progress,
@@ -188,7 +207,7 @@ def learn_places(
 def _told(model: PlacePredictor, task: _Task, device: torch.device) -> float:
     """Nats that held out object patches tell of their cell; the background is left out."""
     losses, truth = [], []
-    for rows in torch.split(torch.arange(task.held), _AT_ONCE):
+    for rows in torch.split(task.held, _AT_ONCE):
         scores, cells = task.scores(model, rows, device)
         on_object = cells < scores.shape[1] - 1
         losses.append(
@@ -206,7 +225,7 @@ def _told(model: PlacePredictor, task: _Task, device: torch.device) -> float:
 @torch.no_grad()
 def _measure(model: PlacePredictor, tokens: Tensor, grid: tuple[int, int]) -> None:
     """Set the statistics of whole images' tokens, then of the features of their objects."""
-    mean, std = _statistics(tokens)
+    mean, std = _statistics(tokens, torch.arange(len(tokens)))
     model.token_mean.copy_(mean)
     model.token_std.copy_(std)
     told = [model.told(some, grid) for some in torch.split(tokens, _AT_ONCE)]
@@ -218,7 +237,17 @@ def _measure(model: PlacePredictor, tokens: Tensor, grid: tuple[int, int]) -> No
     model.root_std.copy_(spread.sqrt() + 1e-6)
 
 
-def _statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean token of each place (L, D) and what is left of each channel's deviation (D,)."""
-    mean = tokens.mean(dim=0)
-    return mean, (tokens - mean).flatten(0, 1).std(dim=0) + 1e-6
+def _statistics(tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean token of each place (L, D) and what is left of each channel's deviation (D,).
+
+    In batches: a copy of all tokens in float32 would be twice their size.
+    """
+    batches = torch.split(rows, _AT_ONCE)
+    total = torch.zeros(tokens.shape[1:], dtype=torch.float64)
+    for some in batches:
+        total += tokens[some].double().sum(dim=0)
+    mean = (total / len(rows)).float()
+    squares = torch.zeros(tokens.shape[2], dtype=torch.float64)
+    for some in batches:
+        squares += (tokens[some].float() - mean).double().square().sum(dim=(0, 1))
+    return mean, (squares / (len(rows) * tokens.shape[1])).sqrt().float() + 1e-6

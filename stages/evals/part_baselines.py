@@ -52,8 +52,8 @@ def beside(
     for name, own in made.named_buffers(recurse=False):
         if len(own):  # without a background there is no vote to take over
             own.copy_(getattr(learner, name))
-    if shape.background == "predicted":
-        made.places = learner.places
+    if made.places is not None and learner.places is not None:
+        made.places.load_state_dict(learner.places.state_dict())
     points = tokens.patches[:0]
     if shape.variant == "kmeans":
         points, _ = object_features(made, tokens, grid)

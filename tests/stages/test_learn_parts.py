@@ -227,3 +227,29 @@ def test_part_order__does_not_hang_on_the_numbering(by: Literal["area", "directi
         assert np.array_equal(centres[renumbered][found], wanted)
     if by == "area":
         assert part_order(centres, assigned, by).tolist() == [3, 1, 4, 0, 2]
+
+
+def test_learn_parts__refuses_to_go_on_with_another_image_size(
+    world: World, tmp_path: Path
+) -> None:
+    learn_parts(learn_options(world, tmp_path / "run", cached_images=20, sample_images=20))
+    other = learn_options(
+        world, tmp_path / "run", cached_images=20, sample_images=20, image_size="48"
+    )
+    with pytest.raises(MismatchError, match="of images of 32x32 pixels"):
+        learn_parts(other)
+
+
+@pytest.mark.parametrize("variant", ["colour", "attention", "grid"])
+def test_learn_parts__refuses_places_where_they_tell_nothing(
+    world: World, tmp_path: Path, variant: str
+) -> None:
+    with pytest.raises(SettingError, match="told neither by places nor by tokens"):
+        learn_options(world, tmp_path, variant=variant, told_by="places")
+
+
+def test_learn_parts__refuses_a_background_that_the_variant_lacks(
+    world: World, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingError, match="has none"):
+        learn_options(world, tmp_path, variant="kmeans", background="token")

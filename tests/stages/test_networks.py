@@ -126,6 +126,7 @@ def _rewritten(world: World, folder: Path, change: Callable[[dict[str, Any]], ob
         lambda state: state["model"].update(token_std=torch.zeros(3)),
         lambda state: state["architecture"].update(of_a_later_version=1),
         lambda state: state["architecture"].pop("width"),
+        lambda state: state["architecture"].pop("told_by"),
     ],
 )
 def test_open_learner__one_of_another_version_is_refused_in_one_sentence(
