@@ -137,16 +137,7 @@ class LearnPartsOptions(TrainingOptions):
         for loss, weight in self.loss_weights.items():
             flag = f"{loss.removesuffix('s')}_weight"
             require(weight >= 0, flag, weight, "0 or more")
-        PartArchitecture(
-            width=1,
-            parts=self.num_parts,
-            variant=self.variant,
-            background=self.background_kind,
-            clusters=self.clusters,
-            look_rounds=self.rounds_of_looks,
-            look_temperature=self.look_temperature,
-            temperature=self.temperature,
-        )
+        self.architecture(1)
         if self.told_by == "places" and self.variant in ("colour", "attention", "grid"):
             raise SettingError(
                 f"--variant {self.variant} is told neither by places nor by tokens: expected no "
@@ -171,6 +162,33 @@ class LearnPartsOptions(TrainingOptions):
                 f"--variant {self.variant} has nothing to train: expected --perceptual-weight and "
                 f"--consistency-weight 0, or --variant {' or '.join(LEARNED)}"
             )
+
+    def architecture(self, width: int, **measured: Any) -> PartArchitecture:
+        """The learner's shape, as far as these settings say, and as measured on tokens.
+
+        Args:
+            width: Of the patch tokens.
+            measured: The other fields of `PartArchitecture`.
+
+        Raises:
+            SettingError: A value is out of range.
+        """
+        settings: dict[str, Any] = {
+            "parts": self.num_parts,
+            "variant": self.variant,
+            "background": self.background_kind,
+            "clusters": self.clusters,
+            "look_rounds": self.rounds_of_looks,
+            "look_temperature": self.look_temperature,
+            "class_share": self.class_share,
+            "temperature": self.temperature,
+            "blur": self.blur,
+            "affinity": self.affinity,
+            "pixel_decoder": self.variant in LEARNED and self.rebuilds_pixels,
+            "decoder_width": self.decoder_width,
+            "decoder_noise": self.decoder_noise,
+        }
+        return PartArchitecture(width=width, **{**settings, **measured})
 
     @property
     def loss_weights(self) -> dict[str, float]:

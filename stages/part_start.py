@@ -3,7 +3,7 @@
 import sys
 from dataclasses import replace
 from operator import itemgetter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import SettingError
 from ..models.encoders import FrozenEncoder, Tokens
 from ..models.part_scores import AnchoredTokens, GridCells, SetCentres
-from ..models.parts import LEARNED, PartArchitecture, PartLearner
+from ..models.parts import PartLearner
 from ..models.places import PlacePredictor
 from ..pipeline.image_source import ImageSource, batches_in_order, drawn
 from ..pipeline.progress import Progress
@@ -128,31 +128,16 @@ def _shaped(
     keeps_place = not _positions_go(patches, options)
     mean = patches.mean(dim=(0, 1)) if keeps_place else patches.mean(dim=0)
     torch.manual_seed(options.seed)
-    learner = PartLearner(
-        PartArchitecture(
-            width=patches.shape[2],
-            style_width=tokens.class_token.shape[1],
-            parts=tokens.attention.shape[1]
-            if options.variant == "attention"
-            else options.num_parts,
-            variant=options.variant,
-            background=options.background_kind,
-            clusters=options.clusters,
-            look_rounds=options.rounds_of_looks,
-            look_temperature=options.look_temperature,
-            class_share=options.class_share,
-            temperature=options.temperature,
-            blur=options.blur,
-            affinity=options.affinity,
-            pixel_decoder=options.variant in LEARNED and options.rebuilds_pixels,
-            decoder_width=options.decoder_width,
-            decoder_noise=options.decoder_noise,
-            places=0 if keeps_place else patches.shape[1],
-            grid_places=patches.shape[1] if options.variant == "grid" or places else 0,
-            place_cells=places.cells if places else 0,
-            told_by="places" if places and options.by_places else "tokens",
-        )
-    )
+    measured: dict[str, Any] = {
+        "style_width": tokens.class_token.shape[1],
+        "places": 0 if keeps_place else patches.shape[1],
+        "grid_places": patches.shape[1] if options.variant == "grid" or places else 0,
+        "place_cells": places.cells if places else 0,
+        "told_by": "places" if places and options.by_places else "tokens",
+    }
+    if options.variant == "attention":
+        measured["parts"] = tokens.attention.shape[1]
+    learner = PartLearner(options.architecture(patches.shape[2], **measured))
     learner.token_mean.copy_(mean)
     learner.token_std.copy_((patches - mean).flatten(0, 1).std(0) + 1e-6)
     learner.places = places
