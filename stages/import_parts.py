@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MissingError, SettingError
+from ..pipeline.cluster import Watch
 from ..pipeline.options import require
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
@@ -202,7 +203,7 @@ def import_parts(options: ImportPartsOptions) -> dict[str, Any]:
         found = _read_labels(options, reader, pool)
         identity = _identity_of(options, plan, found)
 
-        def work(shards: list[int]) -> Iterator[dict[str, Any]]:
+        def work(shards: list[int], _watch: Watch) -> Iterator[dict[str, Any]]:
             for shard in shards:
                 here = slice(*identity.shard_range(shard))
                 loaded = list(

@@ -2,7 +2,7 @@
 
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import SettingError
+from ..pipeline.cluster import Watch
 from ..pipeline.crops import squash
 from ..pipeline.decoding import BadImage, decode_image
 from ..pipeline.options import plain_options
@@ -21,15 +22,10 @@ from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
 from ..pipeline.sources import ImageReader
 from ..storage.files import write_json
+from ..storage.part_check import committed_shards, complete_store, damaged_shards
 from ..storage.part_identity import META_SCHEMA, StoreIdentity
-from ..storage.part_writer import (
-    committed_shards,
-    complete_store,
-    create_store,
-    damaged_shards,
-    uncommit,
-    write_shard,
-)
+from ..storage.part_writer import create_store, uncommit, write_shard
+from .pace import Pace
 
 
 class FillOptions(Protocol):
@@ -52,10 +48,15 @@ class LoadedImage(NamedTuple):
     width: int | None
     crc32: int
     bad: BadImage | None
+    known: bool = False
+    """Whether its bytes are those that were known; it was not decoded then."""
 
 
 def load_image(
-    reader: ImageReader, index: int, image_size: tuple[int, int] | None = None
+    reader: ImageReader,
+    index: int,
+    image_size: tuple[int, int] | None = None,
+    known: int | None = None,
 ) -> LoadedImage:
     """Read, check and decode one image.
 
@@ -64,6 +65,7 @@ def load_image(
         index: Position in the plan.
         image_size: (H, W) that the pixels are squashed to; None keeps no pixels, only what is
             known of them.
+        known: CRC-32 of encoded bytes that need not be decoded again.
 
     Returns:
         ``pixels`` uint8 (H, W, 3) or None, height and width of the whole image, CRC-32 of its
@@ -73,6 +75,8 @@ def load_image(
     try:
         data = reader.read(index)
         checksum = zlib.crc32(data)
+        if checksum == known:
+            return LoadedImage(None, None, None, checksum, None, known=True)
         image = decode_image(data)
     except BadImage as bad:
         return LoadedImage(None, None, None, checksum, bad)
@@ -83,31 +87,34 @@ def load_image(
 def meta_rows(
     plan: Plan,
     first: int,
-    loaded: list[LoadedImage],
+    loaded: Sequence[LoadedImage],
     labels: NDArray[np.uint8],
     confidence: NDArray[np.floating],
     parts: int,
+    start: int = 0,
 ) -> list[dict[str, Any]]:
     """Rows of `META_SCHEMA` of consecutive images.
 
     Args:
-        plan: Of the store.
-        first: Position of the first of the images in it.
+        plan: Of the store, or of some of its rows.
+        first: Position of the first of the images in ``plan``.
         loaded: The n images.
         labels: (n, rows, columns) uint8, part ids below ``parts``; those of bad images are ignored.
         confidence: (n,), mean over the patches of an image.
         parts: Number of part ids.
+        start: Position in the store of the first row of ``plan``.
     """
-    keys, classes, rows = plan.keys, plan.labels, []
+    here = plan.table.slice(first, len(loaded))
+    keys, classes, rows = here["key"].to_pylist(), here["label"].to_pylist(), []
     for place, image in enumerate(loaded):
-        index, bad = first + place, image.bad
+        bad = image.bad
         flat = labels[place].ravel()
         areas = np.bincount(flat, minlength=parts) / flat.size
         rows.append(
             {
-                "index": index,
-                "key": keys[index],
-                "label": int(classes[index]),
+                "index": start + first + place,
+                "key": keys[place],
+                "label": classes[place],
                 "width": image.width,
                 "height": image.height,
                 "crc32": image.crc32,
@@ -123,14 +130,16 @@ def meta_rows(
 
 
 def commit_shard(
-    output: Path, shard: int, rows: list[dict[str, Any]], **arrays: NDArray[Any]
+    output: Path, shard: int, rows: Sequence[Mapping[str, Any]], **arrays: NDArray[Any]
 ) -> dict[str, Any]:
     """Write one shard of the store: arrays and meta rows as `write_shard` takes them.
 
     Returns:
         ``shard``, and counts ``ok`` and ``bad``.
     """
-    commit = write_shard(output, shard, meta=pa.Table.from_pylist(rows, META_SCHEMA), **arrays)
+    commit = write_shard(
+        output, shard, meta=pa.Table.from_pylist(list(rows), META_SCHEMA), **arrays
+    )
     return {name: commit[name] for name in ("shard", "ok", "bad")}
 
 
@@ -140,7 +149,7 @@ def fill_store(
     options: FillOptions,
     identity: StoreIdentity,
     plan: Plan,
-    work: Callable[[list[int]], Iterable[Mapping[str, Any]]],
+    work: Callable[[list[int], Watch], Iterable[Mapping[str, Any]]],
 ) -> dict[str, Any]:
     """Fill and complete a store, or go on where an earlier call was interrupted.
 
@@ -150,8 +159,8 @@ def fill_store(
         options: Settings of the command.
         identity: What the store is to hold.
         plan: Its images.
-        work: Commits the shards it is given, in any order, and gives for each a record with the
-            counts ``ok`` and ``bad``; not called if none is left to do.
+        work: Commits the shards it is given, in any order, tells meanwhile how far they are, and
+            gives for each a record as `Pace.committed` takes it; not called if none is left to do.
 
     Returns:
         The record ``complete.json``: ``images``, ``ok``, ``bad`` and checksums.
@@ -169,14 +178,14 @@ def fill_store(
     todo = [shard for shard in range(identity.shards) if shard not in done]
     started = datetime.now(UTC)
     finished = sum(stop - start for start, stop in map(identity.shard_range, done))
-    bad = 0
-    if todo:
-        with Progress(doing, identity.images, "image", finished) as progress:
-            for record in work(todo):
-                bad += record["bad"]
-                progress.update(record["ok"] + record["bad"], bad=bad)
+    with Progress(doing, identity.images, "image", finished) as progress:
+        pace = Pace(progress, finished, todo)
+        for record in work(todo, pace.watch) if todo else ():
+            pace.committed(record)
+    if told := pace.sentence():
+        print(told, file=sys.stderr)
     complete = complete_store(options.output)
-    _record_run(command, options, started, len(todo), complete)
+    _record_run(command, options, started, pace, complete)
     if not complete["ok"]:
         raise SettingError(
             f"not one of the {complete['images']} images in {options.data} could be read: "
@@ -186,7 +195,7 @@ def fill_store(
 
 
 def _record_run(
-    command: str, options: FillOptions, started: datetime, shards: int, complete: dict[str, Any]
+    command: str, options: FillOptions, started: datetime, pace: Pace, complete: dict[str, Any]
 ) -> None:
     """Keep what differs from run to run apart from the store itself."""
     write_json(
@@ -196,7 +205,7 @@ def _record_run(
             "options": plain_options(options),
             "started": started.isoformat(),
             "finished": datetime.now(UTC).isoformat(),
-            "shards": shards,
+            "workers": pace.workers,
             "ok": complete["ok"],
             "bad": complete["bad"],
             "versions": {"semmae": __version__, "torch": torch.__version__},

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from ..errors import SettingError
 
-VERSION = 1
+VERSION = 2
 """Format of the store; another one is refused."""
 
 UNLABELLED = 255
@@ -89,6 +89,8 @@ class StoreIdentity:
     """Heads H of the class attention; 0: the store has no such array."""
     probabilities: bool = False
     """Whether the store keeps soft part maps."""
+    updated_from: str = ""
+    """Fingerprint of the store that rows were taken over from; empty if none were."""
 
     def __post_init__(self) -> None:
         """Refuse what no store can hold."""
