@@ -171,9 +171,9 @@ def fill_store(
         DamageError: A finished shard was damaged meanwhile.
     """
     create_store(options.output, identity, plan.table, plan.class_names)
-    if not (options.output / "complete.json").exists():
-        # What an interrupted run left may have been altered since; what is damaged is done again.
-        uncommit(options.output, damaged_shards(options.output))
+    # What an earlier run left may have been altered since; what is damaged is done again.
+    if damaged := damaged_shards(options.output):
+        uncommit(options.output, damaged)
     done = committed_shards(options.output)
     todo = [shard for shard in range(identity.shards) if shard not in done]
     started = datetime.now(UTC)
@@ -203,6 +203,7 @@ def _record_run(
         {
             "command": command,
             "options": plain_options(options),
+            "folder": str(Path.cwd()),
             "started": started.isoformat(),
             "finished": datetime.now(UTC).isoformat(),
             "workers": pace.workers,

@@ -82,13 +82,10 @@ def check_complete(path: Path) -> list[Fault]:
         return [Fault("complete.json", "is not what was written")]
     if complete["plan"] != file_crc32(path / "plan.json"):
         return [Fault("complete.json", "is that of another store")]
-    faults = []
-    for shard, crc32 in complete["commits"].items():
-        place = commit_path(path, int(shard))
-        if place.exists() and file_crc32(place) != crc32:
-            name = place.relative_to(path).as_posix()
-            faults.append(Fault(name, "is not the one that the store was completed with"))
-    return faults
+    return [
+        Fault(_commit_name(path, shard), "is not the one that the store was completed with")
+        for shard in sorted(_later_commits(path))
+    ]
 
 
 def check_shards(path: Path, shards: Iterable[int] | None = None) -> Iterator[ShardCheck]:
@@ -112,8 +109,7 @@ def check_shards(path: Path, shards: Iterable[int] | None = None) -> Iterator[Sh
 
 
 def _check_shard(path: Path, identity: StoreIdentity, shard: int, plan: int) -> ShardCheck:
-    place = commit_path(path, shard)
-    name = place.relative_to(path).as_posix()
+    name = _commit_name(path, shard)
     try:
         commit = read_commit(path, identity, shard)
     except MissingError:
@@ -124,6 +120,10 @@ def _check_shard(path: Path, identity: StoreIdentity, shard: int, plan: int) -> 
         return ShardCheck(shard, {}, [Fault(name, "is that of another store")])
     wrong = ((name, damage_of(path / name, known)) for name, known in commit["objects"].items())
     return ShardCheck(shard, commit, [Fault(name, reason) for name, reason in wrong if reason])
+
+
+def _commit_name(path: Path, shard: int) -> str:
+    return commit_path(path, shard).relative_to(path).as_posix()
 
 
 def foreign_objects(path: Path) -> list[Fault]:
@@ -140,7 +140,7 @@ def foreign_objects(path: Path) -> list[Fault]:
     known = {"plan.json", "complete.json", *plan["objects"]}
     for shard in range(identity.shards):
         known.update(object_names(identity, shard))
-        known.add(commit_path(path, shard).relative_to(path).as_posix())
+        known.add(_commit_name(path, shard))
     faults = []
     for place in sorted(path.rglob("*")):
         inner = place.relative_to(path)
@@ -180,7 +180,21 @@ def damaged_shards(path: Path) -> set[int]:
         MissingError: There is no store.
         DamageError: The store's ``plan.json`` is damaged.
     """
-    return {check.shard for check in check_shards(path) if check.faults}
+    return {check.shard for check in check_shards(path) if check.faults} | _later_commits(path)
+
+
+def _later_commits(path: Path) -> set[int]:
+    """Shards whose commit record is another one than the store was completed with."""
+    try:
+        commits = read_json(path / "complete.json")["commits"]
+    except (MissingError, DamageError):
+        return set()
+    return {
+        int(shard)
+        for shard, crc32 in commits.items()
+        if commit_path(path, int(shard)).exists()
+        and file_crc32(commit_path(path, int(shard))) != crc32
+    }
 
 
 def _sweep(path: Path) -> None:
