@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..models.parts import part_labels
 from ..pipeline.cluster import Tell
 from ..pipeline.decoding import BadImage
+from ..pipeline.image_loading import LoadedImage, load_image
 from ..pipeline.options import choose_device
 from ..pipeline.plan import Plan, plan_of_rows
 from ..pipeline.quarantine import fatal_images
@@ -29,7 +30,7 @@ from ..storage.part_store import PartStore
 from ..storage.part_tries import begin_try, forget_tries
 from .networks import TrainedLearner, open_learner
 from .previous_store import PreviousRows
-from .store_filling import LoadedImage, commit_shard, load_image, meta_rows
+from .store_filling import commit_shard, meta_rows
 
 TRIES = 3
 """Tries of a shard that end with the worker's death before its images are tried one by one."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import MissingError, SettingError
 from ..pipeline.cluster import Watch
+from ..pipeline.image_loading import load_image
 from ..pipeline.options import require
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
@@ -31,7 +32,7 @@ from .label_images import (
     read_label_file,
     squash_labels,
 )
-from .store_filling import commit_shard, fill_store, load_image, meta_rows
+from .store_filling import commit_shard, fill_store, meta_rows
 
 PATCH = 16
 """Pixels of a patch, each way, that vote for its label once the label image is squashed."""

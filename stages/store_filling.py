@@ -1,11 +1,10 @@
-"""What every command that fills a part store shares: reading images, meta rows, the run itself."""
+"""What every command that fills a part store shares: meta rows, and the run itself."""
 
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +14,10 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..errors import SettingError
 from ..pipeline.cluster import Watch
-from ..pipeline.crops import squash
-from ..pipeline.decoding import BadImage, decode_image
+from ..pipeline.image_loading import LoadedImage
 from ..pipeline.options import plain_options
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
-from ..pipeline.sources import ImageReader
 from ..storage.files import write_json
 from ..storage.part_check import committed_shards, complete_store, damaged_shards
 from ..storage.part_identity import META_SCHEMA, StoreIdentity
@@ -38,50 +35,6 @@ class FillOptions(Protocol):
     @property
     def output(self) -> Path:
         """Folder of the part store."""
-
-
-class LoadedImage(NamedTuple):
-    """One image as it was read: its size and pixels, or why there are none."""
-
-    pixels: NDArray[np.uint8] | None
-    height: int | None
-    width: int | None
-    crc32: int
-    bad: BadImage | None
-    known: bool = False
-    """Whether its bytes are those that were known; it was not decoded then."""
-
-
-def load_image(
-    reader: ImageReader,
-    index: int,
-    image_size: tuple[int, int] | None = None,
-    known: int | None = None,
-) -> LoadedImage:
-    """Read, check and decode one image.
-
-    Args:
-        reader: Of the images.
-        index: Position in the plan.
-        image_size: (H, W) that the pixels are squashed to; None keeps no pixels, only what is
-            known of them.
-        known: CRC-32 of encoded bytes that need not be decoded again.
-
-    Returns:
-        ``pixels`` uint8 (H, W, 3) or None, height and width of the whole image, CRC-32 of its
-        encoded bytes (0 if they cannot be read), and for a bad image why it is.
-    """
-    checksum = 0
-    try:
-        data = reader.read(index)
-        checksum = zlib.crc32(data)
-        if checksum == known:
-            return LoadedImage(None, None, None, checksum, None, known=True)
-        image = decode_image(data)
-    except BadImage as bad:
-        return LoadedImage(None, None, None, checksum, bad)
-    pixels = None if image_size is None else squash(image, image_size)
-    return LoadedImage(pixels, image.shape[0], image.shape[1], checksum, None)
 
 
 def meta_rows(
