@@ -56,12 +56,23 @@ class _Registered:
     options_at: str
     run: Callable[[Any], None]
     arguments: tuple[str, ...]
+    forecast_at: str
 
     @functools.cached_property
     def options(self) -> type:
-        module, _, name = self.options_at.partition(":")
-        found: type = getattr(importlib.import_module(f".stages.{module}", __package__), name)
+        found: type = _stage(self.options_at)
         return found
+
+    def forecast(self, options: Any) -> None:
+        """Print what the command would do, where it can say more than its configuration."""
+        if self.forecast_at:
+            _print_metrics(_stage(self.forecast_at)(options))
+
+
+def _stage(place: str) -> Any:
+    """What stands in `stages` at ``"module:name"``."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f".stages.{module}", __package__), name)
 
 
 COMMANDS: dict[str, _Registered] = {}
@@ -158,7 +169,7 @@ def _parameter(name: str, kind: Any, text: str, default: Any) -> inspect.Paramet
 
 
 def command(
-    path: str, options_at: str, arguments: tuple[str, ...] = ()
+    path: str, options_at: str, arguments: tuple[str, ...] = (), forecast_at: str = ""
 ) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
     """Register a function of an options dataclass as the command of that path.
 
@@ -167,11 +178,13 @@ def command(
         options_at: Module under `stages` and dataclass, ``"module:Class"``; its fields are the
             flags.
         arguments: Fields that are given by place instead of by flag.
+        forecast_at: Module under `stages` and function that says of options what the command would
+            do; for ``--dry-run``.
     """
     group, _, name = path.rpartition(" ")
 
     def register(run: Callable[[Any], None]) -> Callable[[Any], None]:
-        COMMANDS[path.replace(" ", ".")] = _Registered(options_at, run, arguments)
+        COMMANDS[path.replace(" ", ".")] = _Registered(options_at, run, arguments, forecast_at)
         (groups[group] if group else app).command(name, help=run.__doc__)(lambda: None)
         return run
 
@@ -186,6 +199,7 @@ def _with_flags(table: str, registered: _Registered) -> Any:
         resolved = resolve(table, registered.options, given)
         _print_configuration(table, resolved)
         if dry:
+            registered.forecast(resolved)
             return
         try:
             registered.run(resolved)
@@ -200,7 +214,7 @@ def _with_flags(table: str, registered: _Registered) -> Any:
             place = typer.Argument(help=text, show_default=False)
             parameter = parameter.replace(annotation=Annotated[_without_none(kind) | None, place])
         parameters.append(parameter)
-    dry_run = Annotated[bool, typer.Option("--dry-run", help="Print the configuration and stop.")]
+    dry_run = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and stop.")]
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters.append(inspect.Parameter("dry_run", keyword, default=False, annotation=dry_run))
     body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -375,7 +389,11 @@ def _learn_parts(options: "LearnPartsOptions") -> None:
     )
 
 
-@command("stage1 extract-parts", "extract_parts:ExtractPartsOptions")
+@command(
+    "stage1 extract-parts",
+    "extract_parts:ExtractPartsOptions",
+    forecast_at="extraction_forecast:forecast_extraction",
+)
 def _extract_parts(options: "ExtractPartsOptions") -> None:
     """Run a trained part learner over a data set into a part store."""
     from .stages.extract_parts import extract_parts

@@ -2,7 +2,8 @@
 
 Ray carries shard numbers out and small records back, never pixels.  A worker is made once an actor
 by a factory, so that this module knows no network; with no workers asked the caller's own process
-does the work and Ray is not imported.
+does the work and Ray is not imported.  Nor is torch imported with this module, so that an actor
+waits for no more than its worker needs.
 """
 
 import contextlib
@@ -10,15 +11,15 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import torch
-
+from .. import errors
 from ..errors import SettingError, UserError
-from .options import choose_device
 
 Tell = Callable[[int], None]
 """Says how many images of its shard a worker has done so far."""
@@ -28,6 +29,9 @@ Watch = Callable[[Mapping[int, int]], None]
 
 WATCH_SECONDS = 2.0
 """Seconds between two calls of a `Watch`."""
+
+_REFUSED, _BROKEN = "refused", "broken"
+"""Keys of a record that stands for what a worker raised: the user's to mend, or ours."""
 
 
 class ShardWorker(Protocol):
@@ -111,6 +115,8 @@ class _Here:
     """This process as the only worker."""
 
     def __init__(self, placement: Placement) -> None:
+        from .options import choose_device
+
         self.device_type = _kind(choose_device(placement.device).type)
 
     def map(
@@ -147,6 +153,8 @@ class _OnRay:
         # Ray's own niceness of 15 starves its workers beside any other work on the machine (seen:
         # 5 images/s instead of 138).
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # Its core warns that restarted actors need their arguments, which this process keeps.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # Without it Ray begins with a notice.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -155,10 +163,11 @@ class _OnRay:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         address = self._placement.address
         try:
-            if address is None:
-                ray.init(include_dashboard=False, **quiet)
-            else:
-                ray.init(address=address, **quiet)
+            with _silent():
+                if address is None:
+                    ray.init(include_dashboard=False, **quiet)
+                else:
+                    ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             if address is None:
                 raise
@@ -207,7 +216,7 @@ class _OnRay:
             **self._resources,
         )
         for row in found.iter_rows():
-            yield json.loads(row["record"])
+            yield _sound(json.loads(row["record"]))
 
     def once(self, work: Callable[[], Any]) -> Any:
         import ray
@@ -232,6 +241,8 @@ class _ThisMachine(_OnRay):
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
+        import torch
+
         self._place(torch.cuda.device_count(), os.cpu_count() or 1)
         self._started = False
 
@@ -258,18 +269,55 @@ class _ThisMachine(_OnRay):
             super().close()
 
 
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing reaches standard error while the block runs.
+
+    Ray's core writes there by itself that it was told to log less; its errors are exceptions.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
+
+
 class _ShardActor:
-    """A worker as Ray Data calls it: batches of one shard in, batches of one record out."""
+    """A worker as Ray Data calls it: batches of one shard in, batches of one record out.
+
+    What a worker raises is a record too: Ray would hand on its text alone.
+    """
 
     def __init__(self, make_worker: Callable[[], ShardWorker], tally: Any) -> None:
-        self._worker, self._tally = make_worker(), tally
+        self._make, self._tally = make_worker, tally
+        self._worker: ShardWorker | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
         return {"record": [json.dumps(self._record(int(shard))) for shard in batch["shard"]]}
 
     def _record(self, shard: int) -> dict[str, Any]:
-        record = self._worker(shard, lambda images: self._tally.tell.remote(shard, images))
+        try:
+            self._worker = self._worker or self._make()
+            record = self._worker(shard, lambda images: self._tally.tell.remote(shard, images))
+        except UserError as error:
+            return {_REFUSED: type(error).__name__, "message": str(error)}
+        except Exception:
+            return {_BROKEN: traceback.format_exc()}
         return {**record, "worker": f"{socket.gethostname()}:{os.getpid()}"}
+
+
+def _sound(record: dict[str, Any]) -> dict[str, Any]:
+    """A worker's record, or raises what the worker raised."""
+    if _REFUSED in record:
+        raise getattr(errors, record[_REFUSED])(record["message"])
+    if _BROKEN in record:
+        raise RuntimeError(f"a worker failed:\n{record[_BROKEN]}")
+    return record
 
 
 class _Tally:

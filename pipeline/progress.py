@@ -37,6 +37,11 @@ class Progress:
         self._start = self._said = time.monotonic()
         self._figures = ""
 
+    @property
+    def done(self) -> int:
+        """Units done, those of earlier runs too."""
+        return self._done
+
     def reach(self, done: int, **figures: float) -> None:
         """Say that ``done`` units are done in all, which may be fewer than was said before."""
         self.update(done - self._done, **figures)

@@ -149,20 +149,12 @@ def extract_parts(
         plan = list_images(options.data, options.split)
         trained = open_learner(options.learner)
         old = PartStore.open(options.update) if options.update else None
-        size = _batch_size(options, workers)
+        size = batch_size_of(options, workers)
         fingerprint = old.fingerprint if old else ""
         identity = identity_of(options, plan, trained, size, workers.device_type, fingerprint)
         if old is not None:
             refuse_other_parts(old, identity)
-        settings = WorkerSettings(
-            output=options.output.absolute(),
-            root=str(Path(plan.root).absolute()),
-            learner=options.learner.absolute(),
-            run=uuid.uuid4().hex,
-            device=workers.device_type if options.workers else options.device,
-            decode_threads=options.decode_threads,
-            update=options.update and options.update.absolute(),
-        )
+        settings = worker_settings(options, plan, workers)
 
         def work(shards: list[int], watch: Watch) -> Iterator[dict[str, Any]]:
             if old is not None:
@@ -181,6 +173,24 @@ def extract_parts(
         return fill_store(command, "extracting parts", options, identity, plan, work)
 
 
+def worker_settings(options: ExtractPartsOptions, plan: Plan, workers: Workers) -> WorkerSettings:
+    """What each worker is told; paths are absolute, since its working folder may be another one."""
+    return WorkerSettings(
+        output=options.output.absolute(),
+        root=str(Path(plan.root).absolute()),
+        learner=options.learner.absolute(),
+        run=uuid.uuid4().hex,
+        device=_device_of(options, workers),
+        decode_threads=options.decode_threads,
+        update=options.update and options.update.absolute(),
+    )
+
+
+def _device_of(options: ExtractPartsOptions, workers: Workers) -> str:
+    """Of a worker: an actor's own is always the first it sees."""
+    return workers.device_type if options.workers else options.device
+
+
 def _tell_precision(precision: str, record: dict[str, Any]) -> None:
     """Say how far the labels of lower precision are those of full precision."""
     if record.get("compared"):
@@ -195,7 +205,7 @@ def _tell_precision(precision: str, record: dict[str, Any]) -> None:
 # Batch size.
 
 
-def _batch_size(options: ExtractPartsOptions, workers: Workers) -> int:
+def batch_size_of(options: ExtractPartsOptions, workers: Workers) -> int:
     """The number asked for; for ``auto`` the store's own if it was begun, else the fastest."""
     if options.batch_size != "auto":
         return int(options.batch_size)
@@ -203,11 +213,13 @@ def _batch_size(options: ExtractPartsOptions, workers: Workers) -> int:
         return read_set_up(options.output)[1].batch_size
     except (MissingError, DamageError):
         pass
-    learner, device = options.learner.absolute(), options.device
-    device = workers.device_type if options.workers else device
-    size: int = workers.once(
-        functools.partial(fastest_batch_size, learner, device, options.precision)
+    measure = functools.partial(
+        fastest_batch_size,
+        options.learner.absolute(),
+        _device_of(options, workers),
+        options.precision,
     )
+    size: int = workers.once(measure)
     print(f"batches of {size} images", file=sys.stderr)
     return size
 

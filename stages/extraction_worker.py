@@ -132,8 +132,17 @@ class ExtractionWorker:
             of full precision, of how many.
 
         Raises:
-            UserError: The shard ended its worker too often in this run.
+            UserError: The shard ended its worker too often in this run, or memory ran out.
         """
+        try:
+            return self._extract(shard, tell)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the memory of {self._device} ran out with batches of {self.identity.batch_size} "
+                f"images: start a new store with a smaller --batch-size, or fewer workers a GPU"
+            ) from error
+
+    def _extract(self, shard: int, tell: Tell) -> dict[str, Any]:
         began = time.perf_counter()
         state = self._begin(shard)
         spent = {"wait": time.perf_counter() - began, "encode": 0.0, "write": 0.0}

@@ -11,7 +11,7 @@ Legend: n images of a shard, H attention heads, P parts.
 import contextlib
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +99,11 @@ def create_store(
         raise MismatchError(f"the plan has {plan.num_rows} rows for {identity.images} images")
     if path.exists() and not path.is_dir():
         raise SettingError(f"{path} is a file; name a folder as --output")
-    want = {"identity": identity.to_record(), "class_names": list(class_names)}
     begun = (path / "plan.json").is_file()
     have = None
     if begun:
         with contextlib.suppress(DamageError):
-            have = _the_same(path, want, plan)
+            have = same_set_up(path, identity, plan, class_names)
         if have and not any(damage_of(path / n, o) for n, o in have["objects"].items()):
             return
     elif path.exists():
@@ -113,6 +112,7 @@ def create_store(
     for number, start in enumerate(range(0, plan.num_rows, _PLAN_ROWS)):
         objects[f"plan/part-{number:05d}.parquet"] = encode_table(plan.slice(start, _PLAN_ROWS))
     described = {name: describe(data) for name, data in objects.items()}
+    want = _wanted(identity, class_names)
     record = {"version": VERSION, **want, "plan_rows": _PLAN_ROWS, "objects": described}
     sealed = encode_json(record)
     if begun and not have:
@@ -131,9 +131,24 @@ def create_store(
         write_atomically(path / "plan.json", sealed)
 
 
-def _the_same(path: Path, want: Mapping[str, Any], plan: pa.Table) -> dict[str, Any]:
-    """The record ``plan.json`` of a store; one of another identity is refused with what differs."""
+def same_set_up(
+    path: Path, identity: StoreIdentity, plan: pa.Table, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """The record ``plan.json`` of a store that was begun as it is wanted now.
+
+    Args:
+        path: Folder of the store.
+        identity: What the store is to hold.
+        plan: One row an image in index order.
+        class_names: Name of each class.
+
+    Raises:
+        MissingError: There is no store.
+        MismatchError: It is of another identity; the message says what differs.
+        DamageError: The record is damaged.
+    """
     have, _ = read_set_up(path)
+    want = _wanted(identity, class_names)
     different = [
         *_differences(have["identity"], want["identity"]),
         *_differences(have["class_names"], want["class_names"], "class_names"),
@@ -147,6 +162,10 @@ def _the_same(path: Path, want: Mapping[str, Any], plan: pa.Table) -> dict[str, 
     raise MismatchError(
         f"the part store {path} was begun with other settings ({'; '.join(different)}); {way_out}"
     )
+
+
+def _wanted(identity: StoreIdentity, class_names: Sequence[str]) -> dict[str, Any]:
+    return {"identity": identity.to_record(), "class_names": list(class_names)}
 
 
 def _refuse_unless_vouched(path: Path, crc32: int) -> None:

@@ -11,7 +11,9 @@ from PIL import Image
 
 from semmae.errors import DamageError, MismatchError, SettingError
 from semmae.pipeline.cluster import Tell
+from semmae.stages import extract_parts as module
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
+from semmae.stages.extraction_forecast import forecast_extraction
 from semmae.stages.extraction_worker import ExtractionWorker
 from semmae.stages.pretrain import pretrain, pretraining_data
 from semmae.storage.part_store import PartStore
@@ -142,11 +144,17 @@ def test_extract_parts__another_learner_is_refused(world: World, tmp_path: Path)
     assert lasting_bytes(world.store) == before
 
 
-def test_extract_parts__other_images_are_refused(world: World, tmp_path: Path) -> None:
+def test_extract_parts__other_images_are_refused_with_what_differs(
+    world: World, tmp_path: Path
+) -> None:
     data = tmp_path / "images"
     shutil.copytree(world.data, data)
-    next((data / "train").rglob("*.png")).unlink()
-    with pytest.raises(MismatchError, match="images"):
+    first, second, *_ = sorted((data / "train").rglob("*.png"))
+    first.rename(first.with_name("new.png"))
+    second.write_bytes(second.read_bytes() + b"!")
+    told = r"1 images were added, such as .*/new\.png; 1 images were removed, such as .*; "
+    told += "1 images have another size in bytes, such as .*--update"
+    with pytest.raises(MismatchError, match=told):
         extract_parts(options_for(world, world.store, data=str(data)))
 
 
@@ -167,3 +175,71 @@ def test_extract_parts__a_part_store_of_a_single_parquet_file(world: World, tmp_
         options_for(world, tmp_path / "store", data=str(tmp_path / "some.parquet"))
     )
     assert (record["ok"], record["bad"]) == (40, 0)
+
+
+# Other precisions and batch sizes.
+
+
+def test_extract_parts__half_precision_says_how_many_labels_are_as_in_full(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extract_parts(options_for(world, tmp_path / "store", precision="bf16"))
+    told = next(line for line in capsys.readouterr().err.splitlines() if "labels in bf16" in line)
+    here, there = PartStore.open(world.store).labels(), PartStore.open(tmp_path / "store").labels()
+    # Shards of this small set are of 32 images: the first one is compared.
+    share = float((here[:32] == there[:32]).mean())
+    assert f"{share:.2%} of {32 * 16} patches" in told
+    assert ("consider --precision fp32" in told) == (share < 0.995)
+
+
+def test_extract_parts__an_automatic_batch_size_is_kept_by_the_store(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure(learner: Path, device: str, precision: str) -> int:
+        measured.append(learner)
+        return 12
+
+    monkeypatch.setattr(module, "fastest_batch_size", measure)
+    options = options_for(world, tmp_path / "store", batch_size="auto")
+    extract_parts(options)
+    (tmp_path / "store/commits/00001.json").unlink()
+    extract_parts(options)
+    assert PartStore.open(tmp_path / "store").identity.batch_size == 12
+    assert len(measured) == 1
+
+
+def test_fastest_batch_size__is_one_that_the_network_takes(world: World) -> None:
+    size = module.fastest_batch_size(world.learner, "cpu", "fp32")
+    assert size in {8 << power for power in range(8)}
+
+
+@pytest.mark.parametrize("size", ["0", "-3", "many", "1.5"])
+def test_extract_parts__no_batch_size_is_refused(world: World, tmp_path: Path, size: str) -> None:
+    with pytest.raises(SettingError, match=r"--batch-size is .*: expected auto, or a number"):
+        options_for(world, tmp_path / "store", batch_size=size)
+
+
+# What a run would do.
+
+
+def test_forecast__says_what_there_is_and_writes_nothing(world: World, tmp_path: Path) -> None:
+    told = forecast_extraction(options_for(world, tmp_path / "store", workers=2))
+    assert told["images"].startswith("72, ")
+    assert told["shards"] == "3 of 32 images"
+    assert told["workers"] == "2 on cpu"
+    assert not (tmp_path / "store").exists()
+    assert forecast_extraction(options_for(world, world.store))["done already"] == 72
+
+
+def test_forecast__its_store_is_about_as_large_as_the_real_one(world: World) -> None:
+    told = forecast_extraction(options_for(world, world.store))["store"]
+    objects = [*(world.store / "meta").iterdir(), *world.store.glob("parts.zarr/labels/c/*/*/*")]
+    size = sum(place.stat().st_size for place in objects)
+    assert float(told.split()[-4]) * 72 == pytest.approx(size, rel=0.3)
+
+
+def test_forecast__another_learner_is_refused(world: World, tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match="dtype"):
+        forecast_extraction(options_for(world, world.store, precision="bf16"))

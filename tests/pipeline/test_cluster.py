@@ -1,0 +1,175 @@
+"""Workers without Ray, on a Ray of this machine, and on a cluster that is there already."""
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from semmae.errors import MissingError, SettingError
+from semmae.pipeline import cluster
+from semmae.pipeline.cluster import Placement, Tell, open_workers
+
+
+class Fake:
+    """A worker that computes nothing and says where it is."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._seconds = seconds
+
+    def __call__(self, shard: int, tell: Tell) -> dict[str, Any]:
+        tell(shard + 1)
+        time.sleep(self._seconds)
+        return {"shard": shard, "gpus": ray.get_gpu_ids() if ray.is_initialized() else []}
+
+
+class Refuses(Fake):
+    def __call__(self, shard: int, tell: Tell) -> dict[str, Any]:
+        raise SettingError("this is the user's to mend")
+
+
+class Breaks(Fake):
+    def __call__(self, shard: int, tell: Tell) -> dict[str, Any]:
+        return {"share": 1 / (shard - shard)}
+
+
+def cannot_be_made() -> Fake:
+    raise MissingError("there is no learner here")
+
+
+class Dies(Fake):
+    """A worker that is killed at its first try of shard 2."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._mark = folder / "tried"
+
+    def __call__(self, shard: int, tell: Tell) -> dict[str, Any]:
+        if shard == 2 and not self._mark.exists():
+            self._mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(shard, tell)
+
+
+def test_map__without_workers_runs_here_and_tells() -> None:
+    told: list[Mapping[int, int]] = []
+    with open_workers(Placement(workers=0)) as workers:
+        records = list(workers.map(Fake, [3, 1], told.append))
+        assert workers.once(os.getpid) == os.getpid()
+    assert [record["shard"] for record in records] == [3, 1]
+    assert told == [{3: 4}, {1: 2}]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_map__of_no_use_starts_no_ray(workers: int) -> None:
+    with open_workers(Placement(workers=workers)) as there:
+        assert there.device_type in ("cpu", "cuda")
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"workers": 640, "device": "cpu"}, "--workers is 640, but this machine has"),
+        ({"workers": 1, "device": "cuda"}, "has no GPU: use --device cpu"),
+    ],
+)
+def test_open_workers__refuses_what_cannot_be_placed(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingError, match=words), open_workers(Placement(**changes)):
+        pass
+
+
+@pytest.fixture(scope="module")
+def four_gpus() -> Iterator[str]:
+    """A Ray that believes in four GPUs; its address."""
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    ray.init(num_gpus=4, num_cpus=8, include_dashboard=False, log_to_driver=False)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture
+def joined(four_gpus: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of that Ray, which stays when the workers are left."""
+    monkeypatch.setattr(cluster._OnRay, "_join", lambda self: None)
+    monkeypatch.setattr(cluster._OnRay, "close", lambda self: None)
+    return four_gpus
+
+
+def run(
+    placement: Placement, make: Callable[[], Any], shards: range
+) -> tuple[list[dict[str, Any]], list[Mapping[int, int]]]:
+    told: list[Mapping[int, int]] = []
+    with open_workers(placement) as workers:
+        return list(workers.map(make, shards, lambda now: told.append(dict(now)))), told
+
+
+def test_map__each_actor_has_a_gpu_of_its_own(joined: str) -> None:
+    placement = Placement(workers=4, address=joined)
+    records, _ = run(placement, lambda: Fake(0.5), range(12))
+    assert sorted(record["shard"] for record in records) == list(range(12))
+    gpus = {record["worker"]: tuple(record["gpus"]) for record in records}
+    assert sorted(gpus.values()) == [(0,), (1,), (2,), (3,)]
+
+
+def test_map__several_actors_share_a_gpu(joined: str) -> None:
+    placement = Placement(workers=5, workers_per_gpu=2, address=joined)
+    records, _ = run(placement, lambda: Fake(1.0), range(20))
+    gpus = {record["worker"]: tuple(record["gpus"]) for record in records}
+    used = Counter(gpus.values())
+    assert set(used) <= {(0,), (1,), (2,), (3,)}
+    assert max(used.values()) == 2
+
+
+def test_map__actors_on_processors_leave_gpus_alone(joined: str) -> None:
+    placement = Placement(workers=2, address=joined, device="cpu")
+    with open_workers(placement) as workers:
+        assert workers.device_type == "cpu"
+    records, _ = run(placement, Fake, range(4))
+    assert all(record["gpus"] == [] for record in records)
+
+
+def test_open_workers__more_than_the_cluster_has_are_refused(joined: str) -> None:
+    with (
+        pytest.raises(SettingError, match="4 GPUs, room for 4: expected at most 4; --workers-per"),
+        open_workers(Placement(workers=5, address=joined)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (Refuses, SettingError, "this is the user's to mend"),
+        (cannot_be_made, MissingError, "there is no learner here"),
+        (Breaks, RuntimeError, "ZeroDivisionError"),
+    ],
+)
+def test_map__what_a_worker_raises_reaches_the_caller(
+    joined: str, make: Callable[[], Any], kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        run(Placement(workers=1, address=joined), make, range(3))
+
+
+def test_map__a_dead_worker_is_replaced(joined: str, tmp_path: Path) -> None:
+    placement = Placement(workers=2, address=joined)
+    records, _ = run(placement, lambda: Dies(tmp_path), range(6))
+    assert sorted(record["shard"] for record in records) == list(range(6))
+
+
+def test_map__tells_how_far_shards_are(joined: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "WATCH_SECONDS", 0.2)
+    _, told = run(Placement(workers=2, address=joined), lambda: Fake(1.5), range(4))
+    assert {0: 1, 1: 2}.items() <= told[-1].items()
+
+
+def test_once__runs_where_a_worker_would(joined: str) -> None:
+    with open_workers(Placement(workers=1, address=joined)) as workers:
+        assert workers.once(os.getpid) != os.getpid()
+        assert len(workers.once(ray.get_gpu_ids)) == 1

@@ -1,0 +1,133 @@
+"""`extract-parts --update`: rows of an earlier store that stayed the same."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from semmae.errors import MismatchError, SettingError
+from semmae.pipeline.cluster import Tell
+from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
+from semmae.stages.extraction_worker import ExtractionWorker
+from semmae.storage.part_store import PartStore
+from semmae.tests.world import World, lasting_bytes
+
+
+class Counts(ExtractionWorker):
+    """A worker that says which images the network saw."""
+
+    seen: list[int]
+
+    def _batch(self, loaded):  # type: ignore[no-untyped-def]
+        Counts.seen.append(sum(image.pixels is not None for image in loaded))
+        return super()._batch(loaded)
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    Counts.seen = []
+
+
+@pytest.fixture
+def changed(world: World, tmp_path: Path) -> Path:
+    """The images of the world: one is new, one is gone, one is another."""
+    data = tmp_path / "images"
+    shutil.copytree(world.data, data)
+    files = sorted((data / "train").rglob("*.png"))
+    shutil.copy(files[3], files[0].with_name("0-new.png"))
+    files[10].unlink()
+    files[30].write_bytes(files[20].read_bytes())
+    return data
+
+
+def options_for(world: World, data: Path, output: Path, **changes: object) -> ExtractPartsOptions:
+    options = ExtractPartsOptions(
+        data=str(data), learner=world.learner, output=output, class_attention=True
+    )
+    return replace(options, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def old(world: World, tmp_path: Path) -> Path:
+    extract_parts(options_for(world, Path(world.data), tmp_path / "old"))
+    return tmp_path / "old"
+
+
+def test_update__encodes_only_what_changed(
+    world: World, changed: Path, old: Path, tmp_path: Path
+) -> None:
+    new, fresh = tmp_path / "new", tmp_path / "fresh"
+    extract_parts(options_for(world, changed, new, update=old), Counts)
+    assert sum(Counts.seen) == 2
+    extract_parts(options_for(world, changed, fresh))
+    updated, whole = PartStore.open(new), PartStore.open(fresh)
+    assert (
+        updated.meta()
+        .drop(["confidence", "part_areas"])
+        .equals(whole.meta().drop(["confidence", "part_areas"]))
+    )
+    # Neighbours in a batch are others; the network's last bits may follow, no more.
+    assert (np.asarray(updated.labels()) == np.asarray(whole.labels())).mean() > 0.999
+    one, other = (np.asarray(store.class_attention()[:]) for store in (updated, whole))
+    np.testing.assert_allclose(one, other, rtol=2e-2, atol=1e-4)
+
+
+def test_update__bytes_of_equal_size_are_told_apart(
+    world: World, old: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(world.data, data)
+    place = sorted((data / "train").rglob("*.png"))[5]
+    content = bytearray(place.read_bytes())
+    content[-1] ^= 1  # in the checksum of the end chunk, which decoders pass over
+    place.write_bytes(content)
+    extract_parts(options_for(world, data, tmp_path / "new", update=old), Counts)
+    assert sum(Counts.seen) == 1
+
+
+class Stops(Counts):
+    """A worker that breaks off at its second shard."""
+
+    def __call__(self, shard: int, tell: Tell = print) -> dict[str, object]:
+        if shard == 1:
+            raise KeyboardInterrupt
+        return super().__call__(shard, tell)
+
+
+def test_update__interrupted_ends_as_one_that_was_not(
+    world: World, changed: Path, old: Path, tmp_path: Path
+) -> None:
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    with pytest.raises(KeyboardInterrupt):
+        extract_parts(options_for(world, changed, broken, update=old), Stops)
+    extract_parts(options_for(world, changed, broken, update=old))
+    extract_parts(options_for(world, changed, whole, update=old))
+    assert lasting_bytes(broken) == lasting_bytes(whole)
+
+
+def test_update__bad_images_are_taken_over_too(world: World, tmp_path: Path) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(world.data, data)
+    sorted((data / "train").rglob("*.png"))[7].write_bytes(b"no image")
+    extract_parts(options_for(world, data, tmp_path / "old"))
+    extract_parts(options_for(world, data, tmp_path / "new", update=tmp_path / "old"), Counts)
+    assert sum(Counts.seen) == 0
+    before, after = PartStore.open(tmp_path / "old"), PartStore.open(tmp_path / "new")
+    assert before.meta().equals(after.meta())
+    assert (before.labels() == after.labels()).all()
+
+
+@pytest.mark.parametrize("change", [{"precision": "bf16"}, {"class_attention": False}])
+def test_update__from_a_store_of_other_parts_is_refused(
+    world: World, old: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    with pytest.raises(MismatchError, match="its parts are others"):
+        extract_parts(options_for(world, Path(world.data), tmp_path / "new", update=old, **change))
+    assert not (tmp_path / "new").exists()
+
+
+def test_update__of_a_store_from_itself_is_refused(world: World, old: Path) -> None:
+    with pytest.raises(SettingError, match="--update and --output are both"):
+        options_for(world, Path(world.data), old, update=old)
