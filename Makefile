@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test check soak format clean
 
 help:  ## say what there is
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -27,6 +27,9 @@ check: .venv/ready  ## formatter, linter, strict types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p semmae
 	$(BIN)/python -m pytest
+
+soak: .venv/ready  ## extraction through 50 random kills, half an hour on two cores
+	$(BIN)/python -m semmae.tests.soak --kills 50
 
 format: .venv/ready  ## format the code
 	$(BIN)/ruff format .
