@@ -188,9 +188,7 @@ def extract_parts(
     refuse_without_room(placement)
     plan = list_images(options.data, options.split)
     trained = open_learner(options.learner)
-    make = make_worker or functools.partial(
-        ExtractionWorker, _from_anywhere(options), str(Path(plan.root).absolute())
-    )
+    make = make_worker or functools.partial(ExtractionWorker, _from_anywhere(options), plan.root)
     return fill_store(
         "stage1 extract-parts",
         "extracting parts",

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from ..errors import SettingError
 
-VERSION = 1
+VERSION = 2
 """Format of the store; another one is refused."""
 
 UNLABELLED = 255
