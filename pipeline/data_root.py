@@ -46,15 +46,17 @@ class DataRoot(ABC):
     Args:
         root: The absolute folder, or the URL.
         read_ahead: Bytes that are read at once where a file is read through.
+        skip_ahead: Bytes that are read at once where most of a file is skipped.
     """
 
-    def __init__(self, root: str, read_ahead: int) -> None:
+    def __init__(self, root: str, read_ahead: int, skip_ahead: int) -> None:
         self.root = root
-        self.read_ahead = read_ahead
+        self.read_ahead, self.skip_ahead = read_ahead, skip_ahead
 
     def place(self, path: str) -> str:
         """The whole name of a path, for messages."""
-        return f"{self.root.rstrip('/')}/{path}" if path else self.root
+        between = "" if self.root.endswith("/") else "/"
+        return f"{self.root}{between}{path}" if path else self.root
 
     def scan(self, folder: str, endings: Collection[str]) -> FolderListing:
         """List one folder.
@@ -79,7 +81,8 @@ class DataRoot(ABC):
         except UserError:
             raise
         except OSError as error:
-            reason = error.strerror or "no such folder"
+            denied = isinstance(error, PermissionError)
+            reason = error.strerror or ("access denied" if denied else "no such folder")
             raise MissingError(
                 f"the folder {place} cannot be listed ({reason}): make it readable"
             ) from error
@@ -172,7 +175,7 @@ class LocalRoot(DataRoot):
     """
 
     def __init__(self, root: str) -> None:
-        super().__init__(root, read_ahead=1 << 20)
+        super().__init__(root, read_ahead=1 << 20, skip_ahead=1 << 12)
 
     def _scan(self, folder: str, endings: Collection[str]) -> FolderListing:
         place = Path(self.root, folder)

@@ -26,6 +26,7 @@ READ_SECONDS = 20
 
 CONNECTIONS = 32
 
+# A request costs as much time as some megabytes, so little is gained by skipping less.
 _READ_AHEAD = 4 << 20
 
 
@@ -89,7 +90,7 @@ class RemoteRoot(DataRoot):
     """
 
     def __init__(self, root: str) -> None:
-        super().__init__(root, _READ_AHEAD)
+        super().__init__(root, _READ_AHEAD, _READ_AHEAD)
         self._system_of: dict[int, tuple[Any, str]] = {}
         self._system()
 
@@ -131,7 +132,8 @@ class RemoteRoot(DataRoot):
             return b""
         try:
             whole = start == 0 and stop is None
-            data = system.cat_file(place) if whole else system.cat_file(place, start, stop)
+            limits = {} if whole else {"start": start, "end": stop}
+            data = system.cat_file(place, **limits)
         except FileNotFoundError as error:
             # Its own words differ from store to store; a part store keeps these.
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place) from error

@@ -6,11 +6,11 @@ belongs to the file itself (it is not there, may not be read, is a folder) is sa
 """
 
 import errno
+import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
-
-import tenacity
 
 from ..errors import UserError
 
@@ -23,8 +23,7 @@ class Patience:
 
     tries: int = 7
     first_wait: float = 0.5
-    """Seconds before the second try; each later wait is twice the one before, and a random part of
-    this more, so that workers do not ask all at once."""
+    """Seconds before the second try; each later wait is twice the one before."""
     longest_wait: float = 16.0
     """Seconds."""
     enough: float = 60.0
@@ -92,28 +91,24 @@ def patiently(read: Callable[[], Result], place: str) -> Result:
         UserError: The storage does not answer however often it is asked, or answers something
             that no further try would change.
     """
-    tries = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(may_pass),
-        stop=tenacity.stop_after_attempt(PATIENCE.tries)
-        | tenacity.stop_after_delay(PATIENCE.enough),
-        wait=tenacity.wait_exponential(PATIENCE.first_wait, max=PATIENCE.longest_wait)
-        + tenacity.wait_random(0, PATIENCE.first_wait),
-        reraise=True,
-    )
-    try:
-        return tries(read)
-    except UserError:
-        raise
-    except Exception as error:
-        if is_own_fault(error):
-            raise
-        if may_pass(error):
-            count = tries.statistics["attempt_number"]
-            raise UserError(
-                f"the storage of {place} does not answer: {count} tries, the last ended in "
-                f"{_told(error)}; see to the network or the mount and run the command again"
-            ) from error
-        raise UserError(f"{place} cannot be read: {_told(error)}") from error
+    began, attempt = time.monotonic(), 0
+    while True:
+        attempt += 1
+        try:
+            return read()
+        except Exception as error:
+            if isinstance(error, UserError) or is_own_fault(error):
+                raise
+            if not may_pass(error):
+                raise UserError(f"{place} cannot be read: {_told(error)}") from error
+            if attempt >= PATIENCE.tries or time.monotonic() - began >= PATIENCE.enough:
+                raise UserError(
+                    f"the storage of {place} does not answer: {attempt} tries, the last ended in "
+                    f"{_told(error)}; see to the network or the mount and run the command again"
+                ) from error
+        # A random part, so that workers do not ask all at once.
+        wait = min(PATIENCE.first_wait * 2 ** (attempt - 1), PATIENCE.longest_wait)
+        time.sleep(wait + random.uniform(0, PATIENCE.first_wait))
 
 
 def _told(error: Exception) -> str:

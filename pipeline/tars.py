@@ -82,7 +82,7 @@ def index_of_tar(root: DataRoot, path: str) -> ArchiveIndex:
     members: list[str] = []
     sizes, offsets, labels = [], [], []
     try:
-        with root.open(path) as file:
+        with root.open(path, root.skip_ahead) as file:
             for _, group in groupby(_files_of(file, place), lambda member: member.sample):
                 sample = list(group)
                 image = _image_of(sample)
