@@ -175,7 +175,7 @@ class LocalRoot(DataRoot):
     """
 
     def __init__(self, root: str) -> None:
-        super().__init__(root, read_ahead=1 << 20, skip_ahead=1 << 12)
+        super().__init__(root, read_ahead=1 << 20, skip_ahead=1 << 15)
 
     def _scan(self, folder: str, endings: Collection[str]) -> FolderListing:
         place = Path(self.root, folder)

@@ -75,7 +75,8 @@ def may_pass(error: BaseException) -> bool:
     if isinstance(status, int):
         return status >= 500 or status in _PASSING_STATUS
     if isinstance(error, OSError):
-        return error.errno not in _FINAL_NUMBERS
+        told = error.errno is not None or type(error) is not OSError  # gcsfs: forbidden
+        return told and error.errno not in _FINAL_NUMBERS
     return any(kind.__name__ in _PASSING_NAMES for kind in type(error).__mro__)
 
 
@@ -100,7 +101,10 @@ def patiently(read: Callable[[], Result], place: str) -> Result:
             if isinstance(error, UserError) or is_own_fault(error):
                 raise
             if not may_pass(error):
-                raise UserError(f"{place} cannot be read: {_told(error)}") from error
+                raise UserError(
+                    f"{place} cannot be read: {_told(error)}; see to its address and to your "
+                    "rights to it"
+                ) from error
             if attempt >= PATIENCE.tries or time.monotonic() - began >= PATIENCE.enough:
                 raise UserError(
                     f"the storage of {place} does not answer: {attempt} tries, the last ended in "

@@ -87,13 +87,15 @@ def list_images(data: str | Path, split: Split = "all") -> Plan:
     parquet, tars = list(filter(_is_parquet, files)), list(filter(_is_tar, files))
     if not parquet and not tars:
         return plan_of_folder(root, split)
-    kinds = {"image": holds_images(root), "Parquet": bool(parquet), "tar": bool(tars)}
+    images, plain_tars = holds_images(root), [path for path in tars if not is_compressed_tar(path)]
+    kinds = {"image": images, "Parquet": bool(parquet), "tar": bool(plain_tars)}
     found = [f"{kind} files" for kind, there in kinds.items() if there]
     if len(found) > 1:
         raise SettingError(
-            f"{root.root} holds both {' and '.join(found)}: give the folder of one of them"
+            f"{root.root} holds both {' and '.join(found)}: give the folder of one of them, or "
+            "move the others away"
         )
-    return _plan_of_files(root, parquet or tars, split)
+    return plan_of_folder(root, split) if images else _plan_of_files(root, parquet or tars, split)
 
 
 def _is_parquet(path: str) -> bool:

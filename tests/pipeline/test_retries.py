@@ -37,6 +37,7 @@ OWN = [
 ]
 FINAL = [
     OSError(errno.EINVAL, "bad request"),
+    OSError("Forbidden: bucket"),
     named("NoCredentialsError"),
     named("ClientError", status=403),
     ValueError("no such thing"),

@@ -214,3 +214,17 @@ def test_list_images__asks_for_one_of_images_and_tars(tmp_path: Path) -> None:
     (tmp_path / "cat" / "0.jpg").write_bytes(picture(0))
     with pytest.raises(SettingError, match="holds both image files and tar files: give the folder"):
         list_images(tmp_path)
+
+
+def test_list_images__of_images_does_not_mind_compressed_tars_beside(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "0.jpg").write_bytes(picture(0))
+    (tmp_path / "devkit.tar.gz").write_bytes(b"whatever")
+    assert list_images(tmp_path).keys.tolist() == ["cat/0.jpg"]
+
+
+def test_list_images__of_tars_minds_compressed_ones_beside(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", named(1))
+    (tmp_path / "b.tar.gz").write_bytes(b"whatever")
+    with pytest.raises(SettingError, match=r"b\.tar\.gz is a compressed tar"):
+        list_images(tmp_path)
