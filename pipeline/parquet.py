@@ -4,11 +4,9 @@ Column ``image`` is binary or ``struct<bytes: binary, ...>``, column ``label`` (
 integer.  Page checksums are verified wherever a file has them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,97 +15,74 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..errors import DamageError, MissingError, SettingError, UserError
-from .plan import Plan, make_plan
+from .archives import ArchiveIndex, require_classes
+from .data_root import DataRoot
 
-_LISTING_THREADS = 8
 _ROWS_A_BATCH = 256
-_READ_AHEAD_BYTES = 1 << 20
-_MOST_CLASSES = 1_000_000
 _CACHED_ROW_GROUPS = 2
 
 
-def plan_of_parquet(root: Path, files: Sequence[str], chosen: Sequence[str], split: str) -> Plan:
-    """The plan of the images in some of the Parquet files of a data set.
+def index_of_parquet(root: DataRoot, path: str) -> ArchiveIndex:
+    """The images of a Parquet file; its image column is read once, in pieces, for the sizes.
 
     Args:
-        root: Absolute folder that the paths are relative to.
-        files: All files of the data set: their labels make the classes, whatever is chosen.
-        chosen: Those whose images are wanted.
-        split: What they were chosen for, for messages.
-
-    Returns:
-        The plan, with keys ``path#row``.  Class names are the label numbers, or the names of a
-        ``classes.txt`` of lines ``wnid<TAB>name`` beside the files, if it has one for each label.
+        root: Folder that the path is relative to.
+        path: The file.
 
     Raises:
-        MissingError: The chosen files hold no rows, or a file cannot be opened.
+        MissingError: It cannot be opened.
         SettingError: A column is not as the head of this module says.
-        DamageError: A file is damaged.
+        DamageError: It is damaged.
+        UserError: The storage does not answer.
     """
-    others = [path for path in files if path not in chosen]
-    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        listed = list(pool.map(lambda path: _sizes_and_labels(root / path), chosen))
-        # Labels of the other splits count too: class names must be those of every split.
-        labels = [*(part[1] for part in listed), *pool.map(lambda p: _labels(root / p), others)]
-    counts = [len(sizes) for sizes, _ in listed]
-    if sum(counts) == 0:
-        raise MissingError(f"{root} holds no images for split {split}: its Parquet files are empty")
-    most = max(int(part.max(initial=-1)) for part in labels)
-    return make_plan(
-        str(root),
-        paths=np.repeat(np.array(chosen, dtype=object), counts),
-        rows=np.concatenate([np.arange(count) for count in counts]),
-        sizes=np.concatenate([sizes for sizes, _ in listed]),
-        labels=np.concatenate([part for _, part in listed]),
-        class_names=_named_classes(root, files, most + 1),
-    )
-
-
-def _named_classes(root: Path, files: Sequence[str], count: int) -> list[str]:
-    """Names from a ``classes.txt`` beside the files if it names them all, else the numbers."""
-    for folder in sorted({(root / path).parent for path in files}):
-        if count and (folder / "classes.txt").is_file():
-            text = (folder / "classes.txt").read_text(encoding="utf-8", errors="replace")
-            names = [line.partition("\t")[2].strip() for line in text.splitlines() if line.strip()]
-            if all(names) and len(names) >= count:
-                return names
-    return [str(label) for label in range(count)]
-
-
-def _sizes_and_labels(place: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bytes of each encoded image, and labels, of one file: both int64 of shape (rows,)."""
-    with _opened(place) as file:
+    with _opened(root, path) as file:
         sizes = [np.zeros(0, np.int64)]
-        for batch in file.iter_batches(_ROWS_A_BATCH, columns=[_image_column(file, place)]):
+        column = _image_column(file, root.place(path))
+        for batch in file.iter_batches(_ROWS_A_BATCH, columns=[column]):
             lengths = pc.fill_null(pc.binary_length(_encoded(batch["image"])), 0)
             sizes.append(lengths.cast(pa.int64()).to_numpy(zero_copy_only=False))
-    return np.concatenate(sizes), _labels(place)
+    return ArchiveIndex(np.concatenate(sizes), labels_of_parquet(root, path))
 
 
-def _labels(place: Path) -> NDArray[np.int64]:
-    """Labels of one file, int64 of shape (rows,); -1 where there is none."""
-    with _opened(place) as file:
+def labels_of_parquet(root: DataRoot, path: str) -> NDArray[np.int64]:
+    """Labels of one file, int64 of shape (rows,); -1 where there is none.
+
+    Args:
+        root: Folder that the path is relative to.
+        path: The file.
+
+    Raises:
+        MissingError: It cannot be opened.
+        SettingError: The label column is no class numbers.
+        DamageError: It is damaged.
+        UserError: The storage does not answer.
+    """
+    place = root.place(path)
+    with _opened(root, path) as file:
         if "label" not in file.schema_arrow.names:
             return np.full(file.metadata.num_rows, -1, dtype=np.int64)
         column = file.read(columns=["label"], use_threads=False)["label"]
     if not pa.types.is_integer(column.type):
         raise SettingError(f"column label of {place} is {column.type}: expected integers")
-    labels = pc.fill_null(column.cast(pa.int64()), -1).to_numpy()
-    if labels.min(initial=-1) < -1 or labels.max(initial=-1) >= _MOST_CLASSES:
-        raise SettingError(
-            f"column label of {place} runs from {labels.min()} to {labels.max()}: expected class "
-            f"numbers from 0, or -1 for none, below {_MOST_CLASSES}"
-        )
-    return np.asarray(labels)
+    labels = np.asarray(pc.fill_null(column.cast(pa.int64()), -1).to_numpy())
+    require_classes(labels, f"column label of {place}")
+    return labels
 
 
 @contextmanager
-def _opened(place: Path) -> Iterator[pq.ParquetFile]:
+def _opened(root: DataRoot, path: str) -> Iterator[pq.ParquetFile]:
     """A Parquet file whose page checksums are verified; what goes wrong in it names the file."""
+    place = root.place(path)
     try:
-        with pq.ParquetFile(
-            place, pre_buffer=False, buffer_size=_READ_AHEAD_BYTES, page_checksum_verification=True
-        ) as file:
+        with (
+            root.open(path) as stream,
+            pq.ParquetFile(
+                stream,
+                pre_buffer=False,
+                buffer_size=root.read_ahead,
+                page_checksum_verification=True,
+            ) as file,
+        ):
             yield file
     except UserError:
         raise
@@ -122,7 +97,7 @@ def _opened(place: Path) -> Iterator[pq.ParquetFile]:
         ) from error
 
 
-def _image_column(file: pq.ParquetFile, place: Path) -> str:
+def _image_column(file: pq.ParquetFile, place: str) -> str:
     """What to ask the file for: the encoded bytes alone."""
     schema = file.schema_arrow
     kind = schema.field("image").type if "image" in schema.names else pa.null()
@@ -157,8 +132,8 @@ class ParquetImages:
             row groups are.
     """
 
-    def __init__(self, root: str | Path, in_memory: bool) -> None:
-        self._root, self._in_memory = Path(root), in_memory
+    def __init__(self, root: DataRoot, in_memory: bool) -> None:
+        self._root, self._in_memory = root, in_memory
         self._whole = lru_cache(maxsize=None)(self._load_file)
         self._group_starts = lru_cache(maxsize=None)(self._load_group_starts)
         self._group = lru_cache(maxsize=_CACHED_ROW_GROUPS)(self._load_group)
@@ -172,6 +147,7 @@ class ParquetImages:
         Raises:
             MissingError: A file is gone.
             DamageError: A file is damaged.
+            UserError: The storage does not answer.
         """
         if self._in_memory:
             for path in paths:
@@ -187,11 +163,13 @@ class ParquetImages:
         Raises:
             MissingError: The file is gone.
             DamageError: The file is damaged, or has fewer rows.
+            UserError: The storage does not answer.
         """
         column, first = self._column_with(path, row)
         if row - first >= len(column):
             raise DamageError(
-                f"{self._root / path} has fewer rows than when it was listed: list the data again"
+                f"{self._root.place(path)} has fewer rows than when it was listed: list the data "
+                "again"
             )
         data: bytes | None = column[row - first].as_py()
         return data or b""
@@ -207,19 +185,19 @@ class ParquetImages:
         return self._group(path, group), int(starts[group])
 
     def _load_file(self, path: str) -> pa.ChunkedArray:
-        with _opened(self._root / path) as file:
-            columns = [_image_column(file, self._root / path)]
+        with _opened(self._root, path) as file:
+            columns = [_image_column(file, self._root.place(path))]
             return _encoded(file.read(columns=columns, use_threads=False)["image"])
 
     def _load_group_starts(self, path: str) -> NDArray[np.int64]:
         """First row of each row group, then the number of rows."""
-        with _opened(self._root / path) as file:
+        with _opened(self._root, path) as file:
             groups = range(file.num_row_groups)
             counts = [file.metadata.row_group(group).num_rows for group in groups]
         return np.cumsum([0, *counts])
 
     def _load_group(self, path: str, group: int) -> pa.ChunkedArray:
-        with _opened(self._root / path) as file:
-            columns = [_image_column(file, self._root / path)]
+        with _opened(self._root, path) as file:
+            columns = [_image_column(file, self._root.place(path))]
             table = file.read_row_group(group, columns=columns, use_threads=False)
             return _encoded(table["image"])

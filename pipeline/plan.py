@@ -16,13 +16,16 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
 #: One row an image. ``path`` is relative to the root, with ``/``; ``row`` is the row in a Parquet
-#: file, -1 for a plain file; ``bytes`` the size of the encoded image; ``label`` -1 where none is.
+#: file or the position among the images of a tar, -1 for a plain file; ``offset`` is where the
+#: encoded image begins in its tar, -1 elsewhere; ``bytes`` the size of the encoded image; ``label``
+#: -1 where none is.
 PLAN_SCHEMA = pa.schema(
     [
         pa.field("index", pa.int64(), nullable=False),
         pa.field("key", pa.string(), nullable=False),
         pa.field("path", pa.string(), nullable=False),
         pa.field("row", pa.int64(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
         pa.field("bytes", pa.int64(), nullable=False),
         pa.field("label", pa.int64(), nullable=False),
     ]
@@ -37,7 +40,7 @@ class Plan:
     """The images of a data set in their one order: by path (bytewise), then by row.
 
     Args:
-        root: Folder that the paths are relative to; not part of the fingerprint.
+        root: Folder or URL that the paths are relative to; not part of the fingerprint.
         table: The rows, of `PLAN_SCHEMA`, ``index`` counting from 0.
         class_names: Name of each label, in label order; empty where there are no labels.
 
@@ -76,7 +79,10 @@ class Plan:
 
     @property
     def keys(self) -> NDArray[np.object_]:
-        """Key of each image: its path, in Parquet ``path#row``; str objects of shape (N,)."""
+        """Key of each image: its path, in Parquet ``path#row``, in a tar ``path#member``.
+
+        Str objects of shape (N,).
+        """
         keys: NDArray[np.object_] = self.table["key"].to_numpy()
         return keys
 
@@ -94,7 +100,7 @@ class Plan:
     def fingerprint(self) -> str:
         """SHA-256 (64 hex digits) over key, bytes and label of all rows in order.
 
-        It does not depend on where the root lies nor on how the table is chunked.
+        It does not depend on where the root lies, on offsets, nor on how the table is chunked.
         """
         digest = hashlib.sha256(_FINGERPRINT_LAYOUT)
         keys = self.table["key"].combine_chunks().cast(pa.large_binary())
@@ -114,21 +120,26 @@ class Plan:
 def make_plan(
     root: str,
     *,
-    paths: Sequence[str] | NDArray[np.object_],
+    paths: Sequence[str] | NDArray[np.object_] | pa.Array | pa.ChunkedArray,
     rows: ArrayLike,
     sizes: ArrayLike,
     labels: ArrayLike,
     class_names: Sequence[str] = (),
+    members: Sequence[str] | pa.Array | pa.ChunkedArray | None = None,
+    offsets: ArrayLike | None = None,
 ) -> Plan:
     """Sort and number images into a plan.
 
     Args:
-        root: Folder that the paths are relative to.
+        root: Folder or URL that the paths are relative to.
         paths: File of each image, relative to ``root``, with ``/``; N of them in any order.
-        rows: Row in its Parquet file of each image, -1 for a plain file; integers of shape (N,).
+        rows: Row in its Parquet file, or position in its tar, of each image, -1 for a plain file;
+            integers of shape (N,).
         sizes: Bytes of each encoded image; integers of shape (N,).
         labels: Class of each image, -1 for none; integers of shape (N,).
         class_names: Name of each label.
+        members: Name of each image in its tar; None where there are no tars.
+        offsets: Where each image begins in its tar, integers of shape (N,); with ``members``.
 
     Returns:
         The plan, in bytewise order of paths, then of rows.
@@ -138,17 +149,26 @@ def make_plan(
         ValueError: An image is there twice, or a label has no name.
     """
     columns: dict[str, Any] = {
-        "path": pa.array(paths, pa.string()),
+        "path": _strings(paths),
         "row": np.asarray(rows, dtype=np.int64),
         "bytes": np.asarray(sizes, dtype=np.int64),
         "label": np.asarray(labels, dtype=np.int64),
     }
+    if members is None:
+        columns["offset"] = np.full(len(columns["row"]), -1, dtype=np.int64)
+    else:
+        columns["offset"] = np.asarray(offsets, dtype=np.int64)
+        columns["member"] = _strings(members)
     table = pa.table(columns)
     table = table.sort_by([("path", "ascending"), ("row", "ascending")]).combine_chunks()
-    in_file = pc.binary_join_element_wise(table["path"], table["row"].cast(pa.string()), "#")
+    inside = table["row"].cast(pa.string()) if members is None else table["member"]
     columns = {name: table[name] for name in table.column_names}
     columns["index"] = np.arange(table.num_rows, dtype=np.int64)
-    columns["key"] = pc.if_else(pc.less(table["row"], 0), table["path"], in_file)
+    columns["key"] = pc.if_else(
+        pc.less(table["row"], 0),
+        table["path"],
+        pc.binary_join_element_wise(table["path"], inside, "#"),
+    )
     ordered = [columns[name] for name in PLAN_SCHEMA.names]
     return Plan(root, pa.table(ordered, schema=PLAN_SCHEMA), tuple(class_names))
 
@@ -163,6 +183,12 @@ def plan_of_rows(root: str, table: pa.Table, class_names: Sequence[str]) -> Plan
     """
     numbers = pa.array(np.arange(table.num_rows, dtype=np.int64))
     return Plan(root, table.set_column(0, PLAN_SCHEMA.field("index"), numbers), tuple(class_names))
+
+
+def _strings(values: Any) -> pa.Array | pa.ChunkedArray:
+    return (
+        values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, pa.string())
+    )
 
 
 def _first_disorder(table: pa.Table) -> int | None:

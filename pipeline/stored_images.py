@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from ..errors import MismatchError
 from ..storage.part_store import PartStore
-from .plan import Plan
+from .plan import PLAN_SCHEMA, Plan
 from .sources import list_images
 
 
@@ -23,16 +24,21 @@ def store_images(store: PartStore, data: str | Path) -> Plan:
     """
     held = list_images(data)
     table = store.plan()
-    sizes = dict(zip(held.keys, held.sizes.tolist(), strict=True))
+    place_of = {key: place for place, key in enumerate(held.keys)}
     keys = table["key"].to_pylist()
-    found = np.array([sizes.get(key, -1) for key in keys], dtype=np.int64)
-    other = found != table["bytes"].to_numpy()
+    places = np.array([place_of.get(key, -1) for key in keys], dtype=np.int64)
+    other = (places < 0) | (held.sizes[places] != table["bytes"].to_numpy())
     if other.any():
         first = int(other.argmax())
-        fault = "is not there" if found[first] < 0 else "has another size"
+        fault = "is not there" if places[first] < 0 else "has another size"
         raise MismatchError(
             f"{store.path} was made from other images than {held.root} holds: "
             f"{int(other.sum())} of its {len(keys)} are missing or have changed, the first, "
             f"{keys[first]}, {fault}; give --data the images that the store was made from"
         )
-    return Plan(held.root, table, store.class_names)
+    # A tar that was packed anew holds the same images at other places.
+    offset = PLAN_SCHEMA.get_field_index("offset")
+    now = held.table["offset"].take(pa.array(places))
+    return Plan(
+        held.root, table.set_column(offset, PLAN_SCHEMA.field(offset), now), store.class_names
+    )

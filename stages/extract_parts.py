@@ -39,7 +39,7 @@ _TIMED_SECONDS = 2.0
 class ExtractPartsOptions:
     """Settings of `extract_parts`."""
 
-    data: Annotated[str, "Images: a folder, or Parquet."]
+    data: Annotated[str, "Images: a folder, Parquet or tars, or a URL."]
     learner: Annotated[Path, "Folder of a learn-parts run."]
     output: Annotated[Path, "Folder of the part store."]
     workers: Annotated[int, "Ray actors, one GPU or CPU each; 0: this process, without Ray."] = 0
@@ -177,7 +177,7 @@ def worker_settings(options: ExtractPartsOptions, plan: Plan, workers: Workers) 
     """What each worker is told; paths are absolute, since its working folder may be another one."""
     return WorkerSettings(
         output=options.output.absolute(),
-        root=str(Path(plan.root).absolute()),
+        root=plan.root,
         learner=options.learner.absolute(),
         run=uuid.uuid4().hex,
         device=_device_of(options, workers),

@@ -48,7 +48,7 @@ class ImportPartsOptions:
     labels: Annotated[
         Path, "Folder of label images: PNGs named as the images (x.parquet#5.png in Parquet)."
     ]
-    data: Annotated[str, "Images: a folder, or Parquet."]
+    data: Annotated[str, "Images: a folder, Parquet or tars, or a URL."]
     output: Annotated[Path, "Folder of the part store."]
     split: Annotated[Split, "Which images of the data."] = "train"
     grid: Annotated[int, "Patches of a part map, down and across."] = 14

@@ -58,7 +58,7 @@ DEFAULT_BATCH = 4096
 class InitialiseOptions:
     """Settings of `initialise`."""
 
-    data: Annotated[str, "Images: a folder, or Parquet."]
+    data: Annotated[str, "Images: a folder, Parquet or tars, or a URL."]
     encoder: Annotated[str, "Frozen encoder to learn parts on."] = "timm:vit_small_patch16_224.dino"
     work: Annotated[Path, "Folder that learner, store, run and results go to."] = Path("work")
     output: Annotated[Path, "Settings file to write."] = Path("semmae.toml")

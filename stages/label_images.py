@@ -37,8 +37,8 @@ def label_path(folder: Path, key: str) -> Path:
 
     Args:
         folder: Of all label images.
-        key: Of the image: ``train/cat/x.jpg`` has ``train/cat/x.png``, and ``x.parquet#5`` in
-            Parquet has ``x.parquet#5.png``.
+        key: Of the image: ``train/cat/x.jpg`` has ``train/cat/x.png``, ``x.parquet#5`` in Parquet
+            has ``x.parquet#5.png``, and ``x.tar#cat/5.jpg`` in a tar has ``x.tar#cat/5.png``.
     """
     return folder / (f"{key}.png" if _PARQUET_ROW.search(key) else Path(key).with_suffix(".png"))
 

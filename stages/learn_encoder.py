@@ -30,7 +30,7 @@ from .pretrain import PretrainOptions, pretrain
 class LearnEncoderOptions(TrainingOptions):
     """Settings of `learn_encoder`."""
 
-    data: Annotated[str, "Images: a folder, or Parquet."]
+    data: Annotated[str, "Images: a folder, Parquet or tars, or a URL."]
     split: Annotated[Split, "Which images of the data."] = "train"
     method: Annotated[
         Literal["appearance", "distil"],

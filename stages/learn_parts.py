@@ -30,7 +30,7 @@ from .second_views import sample_views
 class LearnPartsOptions(TrainingOptions):
     """Settings of `learn_parts`."""
 
-    data: Annotated[str, "Images: a folder, or Parquet."]
+    data: Annotated[str, "Images: a folder, Parquet or tars, or a URL."]
     encoder: Annotated[str, "Frozen encoder: timm:<name>, a weight file, or the folder of a run."]
     split: Annotated[Split, "Which images of the data."] = "train"
     image_size: Annotated[

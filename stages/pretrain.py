@@ -33,7 +33,7 @@ PICTURED = 8
 class PretrainOptions(TrainingOptions):
     """Settings of `pretrain`; the defaults are SemMAE's and MAE's recipe."""
 
-    data: Annotated[str, "Images: a folder, or Parquet."]
+    data: Annotated[str, "Images: a folder, Parquet or tars, or a URL."]
     parts: Annotated[Path | None, "Part store of those images; not needed by --masking random."] = (
         None
     )

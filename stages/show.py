@@ -202,7 +202,7 @@ class ShowReconstructionsOptions:
     """Settings of `show_reconstructions`."""
 
     run: Annotated[Path, "Folder of a pretraining run."]
-    data: Annotated[str, "Images: a folder, or Parquet."]
+    data: Annotated[str, "Images: a folder, Parquet or tars, or a URL."]
     output: Annotated[Path, "PNG to write."]
     split: Annotated[Split, "Which images of the data."] = "all"
     images: Annotated[int, "Images shown."] = PICTURED

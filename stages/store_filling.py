@@ -30,7 +30,7 @@ class FillOptions(Protocol):
 
     @property
     def data(self) -> str:
-        """Images: a folder, or Parquet."""
+        """Images: a folder, Parquet or tars, or a URL."""
 
     @property
     def output(self) -> Path:

@@ -13,6 +13,7 @@ import torch
 from ... import __version__
 from ...errors import SettingError
 from ...pipeline.options import plain_options
+from ...pipeline.remote import whole_place
 from ...storage.checkpoints import resolve_checkpoint
 from ...storage.results import write_result
 
@@ -22,7 +23,7 @@ TRAINED = "trained"
 """Key of a record's configuration under which stands what tells the measured learner from others:
 no option of the evaluation, and no part of running it again."""
 
-_PLACES = ("data", "output", "parts", "labels")
+_PLACES = ("output", "parts", "labels")
 
 
 def pinned(options: Options) -> Options:
@@ -34,7 +35,7 @@ def pinned(options: Options) -> Options:
         options: Of an evaluation, with an ``output``.
 
     Returns:
-        The same where all is pinned already; ``timm:`` names stay.
+        The same where all is pinned already; ``timm:`` names and URLs stay.
 
     Raises:
         MissingError: There is no checkpoint.
@@ -43,7 +44,9 @@ def pinned(options: Options) -> Options:
     found: dict[str, Any] = {}
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
         value = getattr(options, field.name)
-        if field.name in _PLACES and value is not None:
+        if field.name == "data" and value is not None:
+            found["data"] = whole_place(value)
+        elif field.name in _PLACES and value is not None:
             found[field.name] = type(value)(_absolute(Path(value)))
         elif field.name == "checkpoint" and not value.startswith("timm:"):
             found["checkpoint"] = str(resolve_checkpoint(_absolute(Path(value))))

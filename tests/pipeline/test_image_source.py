@@ -3,7 +3,7 @@ import threading
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ from PIL import Image
 from torch.multiprocessing import get_context
 
 from semmae.errors import MissingError
+from semmae.pipeline.data_root import LocalRoot
 from semmae.pipeline.image_source import Geometry, ImageSource, batches_in_order
 from semmae.pipeline.plan import Plan
 from semmae.pipeline.sources import list_images
@@ -154,13 +155,13 @@ def test_batches_in_order__end_their_threads_when_left(tmp_path: Path) -> None:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each Parquet file is opened."""
     counts: Counter[str] = Counter()
-    original = pq.ParquetFile
+    original = LocalRoot.open
 
-    def counted(place: Path, **settings: Any) -> pq.ParquetFile:
-        counts[Path(place).name] += 1
-        return original(place, **settings)
+    def counted(root: LocalRoot, path: str) -> BinaryIO:
+        counts[path] += 1
+        return original(root, path)
 
-    monkeypatch.setattr(pq, "ParquetFile", counted)
+    monkeypatch.setattr(LocalRoot, "open", counted)
     return counts
 
 

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from semmae.errors import DamageError, MissingError, SettingError
-from semmae.pipeline.parquet import ParquetImages, plan_of_parquet
+from semmae.pipeline.data_root import LocalRoot
+from semmae.pipeline.parquet import ParquetImages
 from semmae.pipeline.sources import ImageReader, Split, list_images
 
 
@@ -226,15 +227,15 @@ def test_list_images__names_the_damaged_parquet_file(tmp_path: Path) -> None:
         list_images(tmp_path)
     (tmp_path / "b.parquet").unlink()
     pq.write_table(pq.read_table(tmp_path / "a.parquet").slice(0, 0), tmp_path / "a.parquet")
-    with pytest.raises(MissingError, match="its Parquet files are empty"):
+    with pytest.raises(MissingError, match=r"its 1 files \(a.parquet first\) are empty"):
         list_images(tmp_path)
 
 
-def test_plan_of_parquet__classes_are_those_of_all_files(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet", [picture(0), picture(1)], label=[0, 1])
-    write_parquet(tmp_path / "b.parquet", [picture(2)], label=[4])
-    plan = plan_of_parquet(tmp_path, ["a.parquet", "b.parquet"], ["a.parquet"], "train")
-    assert plan.keys.tolist() == ["a.parquet#0", "a.parquet#1"]
+def test_list_images__classes_are_those_of_all_parquet_files(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-a.parquet", [picture(0), picture(1)], label=[0, 1])
+    write_parquet(tmp_path / "val-b.parquet", [picture(2)], label=[4])
+    plan = list_images(tmp_path, "train")
+    assert plan.keys.tolist() == ["train-a.parquet#0", "train-a.parquet#1"]
     assert plan.class_names == ("0", "1", "2", "3", "4")
 
 
@@ -245,7 +246,7 @@ def test_parquet_images__equal_a_plain_read_of_the_table(
 ) -> None:
     place = write_parquet(tmp_path / "a.parquet", [picture(n) for n in range(13)], rows)
     expected = [image["bytes"] for image in pq.read_table(place)["image"].to_pylist()]
-    images = ParquetImages(tmp_path, in_memory)
+    images = ParquetImages(LocalRoot(str(tmp_path)), in_memory)
     order = np.random.default_rng(0).permutation(13).tolist()
     assert [images.read("a.parquet", row) for row in order] == [expected[row] for row in order]
     with pytest.raises(DamageError, match="fewer rows"):
@@ -253,6 +254,6 @@ def test_parquet_images__equal_a_plain_read_of_the_table(
 
 
 def test_parquet_images__warm_loads_nothing_that_would_not_be_kept(tmp_path: Path) -> None:
-    ParquetImages(tmp_path, in_memory=False).warm(["absent.parquet"])
+    ParquetImages(LocalRoot(str(tmp_path)), in_memory=False).warm(["absent.parquet"])
     with pytest.raises(MissingError, match=r"absent\.parquet cannot be opened"):
-        ParquetImages(tmp_path, in_memory=True).warm(["absent.parquet"])
+        ParquetImages(LocalRoot(str(tmp_path)), in_memory=True).warm(["absent.parquet"])

@@ -163,9 +163,7 @@ def test_list_images__says_which_split_is_missing(tmp_path: Path) -> None:
             list_images(tmp_path / folder, split)
 
 
-def test_list_images__reads_local_data_only(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="s3://bucket/images is a URL, but only local"):
-        list_images("s3://bucket/images")
+def test_list_images__refuses_other_files_and_splits(tmp_path: Path) -> None:
     fill(tmp_path, "1.jpg")
     with pytest.raises(SettingError, match=r"1.jpg is one file: give a folder"):
         list_images(tmp_path / "1.jpg")

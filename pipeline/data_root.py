@@ -1,0 +1,273 @@
+"""The folder that a data set lies in: listed folder by folder, read by ranges of bytes.
+
+What lies on this machine and what a URL names differ in `DataRoot.scan`, ``_read`` and ``_status``
+alone; patience with failures, and telling a bad image from storage that is gone, are the same.
+"""
+
+import io
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ..errors import MissingError, SettingError, UserError
+from .retries import is_own_fault, patiently
+
+
+class FolderListing(NamedTuple):
+    """What one folder holds; names that start with a dot do not count."""
+
+    files: pa.Array
+    """Paths relative to the root of the files with the endings asked for; strings (n,)."""
+    sizes: NDArray[np.int64]
+    """Their bytes, (n,)."""
+    folders: list[str]
+    """Names of the sub-folders."""
+    identity: tuple[int, int] | None
+    """Device and inode of the folder, by which links that go round are found; None on a URL."""
+
+
+class Status(NamedTuple):
+    """What a path is."""
+
+    kind: Literal["file", "folder"]
+    size: int
+
+
+class DataRoot(ABC):
+    """A folder that paths of a plan are relative to.
+
+    Args:
+        root: The absolute folder, or the URL.
+        read_ahead: Bytes that are read at once where a file is read through.
+        skip_ahead: Bytes that are read at once where most of a file is skipped.
+    """
+
+    def __init__(self, root: str, read_ahead: int, skip_ahead: int) -> None:
+        self.root = root
+        self.read_ahead, self.skip_ahead = read_ahead, skip_ahead
+
+    def place(self, path: str) -> str:
+        """The whole name of a path, for messages."""
+        between = "" if self.root.endswith("/") else "/"
+        return f"{self.root}{between}{path}" if path else self.root
+
+    def scan(self, folder: str, endings: Collection[str]) -> FolderListing:
+        """List one folder.
+
+        Args:
+            folder: Path relative to the root, "" for the root itself.
+            endings: Endings, such as ``.jpg``, of the files that count, whatever their case; a
+                link to nowhere counts, with size 0.
+
+        Raises:
+            MissingError: The folder cannot be listed.
+            SettingError: It holds a name that is not UTF-8.
+            UserError: The storage does not answer.
+        """
+        place = self.place(folder)
+        try:
+            return patiently(partial(self._scan, folder, endings), place)
+        except UnicodeEncodeError as error:
+            raise SettingError(
+                f"{place} holds a file whose name is not UTF-8: rename it"
+            ) from error
+        except UserError:
+            raise
+        except OSError as error:
+            denied = isinstance(error, PermissionError)
+            reason = error.strerror or ("access denied" if denied else "no such folder")
+            raise MissingError(
+                f"the folder {place} cannot be listed ({reason}): make it readable"
+            ) from error
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes of a file.
+
+        Args:
+            path: The file, relative to the root.
+            start: First byte.
+            stop: One past the last byte; None for all that follow.
+
+        Returns:
+            The bytes, fewer than asked for where the file ends before.
+
+        Raises:
+            OSError: The file itself is absent, forbidden, or a folder.
+            MissingError: The whole root is gone, or forbidden.
+            UserError: The storage does not answer.
+        """
+        try:
+            return patiently(partial(self._read, path, start, stop), self.place(path))
+        except UserError:
+            raise
+        except OSError as error:
+            self._require_root(error)
+            raise
+
+    def status(self, path: str) -> Status | None:
+        """What a path is; None if it is not there.
+
+        Raises:
+            MissingError: It may not be looked at.
+            UserError: The storage does not answer.
+        """
+        try:
+            return patiently(partial(self._status, path), self.place(path))
+        except PermissionError as error:
+            raise MissingError(
+                f"access to {self.place(path)} is denied: give this user the right to read it"
+            ) from error
+        except UserError:
+            raise
+        except OSError:
+            return None
+
+    def open(self, path: str, read_ahead: int | None = None) -> BinaryIO:
+        """A file to read and seek in; every read of it is a ranged one that is tried again.
+
+        Args:
+            path: The file, relative to the root.
+            read_ahead: Bytes that are read at once; the root's by default.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            UserError: The storage does not answer.
+        """
+        status = self.status(path)
+        if status is None or status.kind == "folder":
+            raise FileNotFoundError(f"{self.place(path)} is no file")
+        ranges = _RangedFile(self, path, status.size)
+        return cast(BinaryIO, io.BufferedReader(ranges, read_ahead or self.read_ahead))
+
+    def _require_root(self, error: OSError) -> None:
+        """Raise `MissingError` if not a file but all files are gone: a mount or bucket is lost."""
+        if not self._holds_something():
+            raise MissingError(
+                f"{self.root} is gone or empty, though its images were listed: mount it again, or "
+                "see to the rights to read it, and run the command again"
+            ) from error
+
+    @abstractmethod
+    def _scan(self, folder: str, endings: Collection[str]) -> FolderListing: ...
+
+    @abstractmethod
+    def _read(self, path: str, start: int, stop: int | None) -> bytes: ...
+
+    @abstractmethod
+    def _status(self, path: str) -> Status: ...
+
+    @abstractmethod
+    def _holds_something(self) -> bool: ...
+
+
+class LocalRoot(DataRoot):
+    """A folder of this machine, or of a file system mounted on it.
+
+    Args:
+        root: The absolute folder.
+    """
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root, read_ahead=1 << 20, skip_ahead=1 << 15)
+
+    def _scan(self, folder: str, endings: Collection[str]) -> FolderListing:
+        place = Path(self.root, folder)
+        status = place.stat()
+        prefix = f"{folder}/" if folder else ""
+        files, sizes, folders = [], [], []
+        with os.scandir(place) as entries:
+            for entry in entries:
+                name = entry.name
+                if name[0] == ".":
+                    continue
+                if entry.is_dir():
+                    folders.append(name)
+                elif ending_of(name) in endings and (entry.is_file() or entry.is_symlink()):
+                    files.append(prefix + name)
+                    sizes.append(_size(entry))
+        try:
+            paths = pa.array(files, pa.string())
+        except UnicodeEncodeError as error:
+            raise SettingError(
+                f"{place} holds a file whose name is not UTF-8: rename it"
+            ) from error
+        return FolderListing(
+            paths, np.array(sizes, dtype=np.int64), folders, (status.st_dev, status.st_ino)
+        )
+
+    def _read(self, path: str, start: int, stop: int | None) -> bytes:
+        with Path(self.root, path).open("rb", buffering=0) as file:
+            if start:
+                file.seek(start)
+            if stop is None:
+                return file.read()
+            pieces, left = [], stop - start
+            # The system may give less than was asked for: 2 GiB at once at most on Linux.
+            while left > 0 and (piece := file.read(left)):
+                pieces.append(piece)
+                left -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _status(self, path: str) -> Status:
+        place = Path(self.root, path)
+        return Status("folder" if place.is_dir() else "file", place.stat().st_size)
+
+    def _holds_something(self) -> bool:
+        try:
+            with os.scandir(self.root) as entries:
+                return any(True for _ in entries)
+        except OSError:
+            return False
+
+
+def ending_of(name: str) -> str:
+    """What a file name ends with from its last dot on, in small letters; ``.jpg``."""
+    return name[name.rfind(".") :].lower() if "." in name else ""
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError as error:
+        if is_own_fault(error):
+            return 0
+        raise
+
+
+class _RangedFile(io.RawIOBase):
+    """A file of a root, as ``io.BufferedReader`` takes it; nothing stays open between reads."""
+
+    def __init__(self, root: DataRoot, path: str, size: int) -> None:
+        super().__init__()
+        self._root, self._path, self._size = root, path, size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        stop = min(self._position + len(buffer), self._size)
+        if stop <= self._position:
+            return 0
+        data = self._root.read(self._path, self._position, stop)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)

@@ -1,0 +1,122 @@
+"""Data sets that are folders of image files: their splits, classes and plan."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import MissingError
+from .data_root import DataRoot, FolderListing
+from .plan import Plan, make_plan
+from .remote import open_root
+from .splits import Split, chosen_of, split_named
+
+#: Names, without case, that make a file of a folder or tar an image.
+IMAGE_EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+)
+
+# Where folders lie on a server, waiting is all the cost.
+_LISTING_THREADS = 16
+
+_Scan = Callable[[str], FolderListing]
+
+
+class _Folder(NamedTuple):
+    """A folder still to be listed."""
+
+    path: str  # relative to the root, "" for the root itself
+    above: frozenset[tuple[int, int]]  # device and inode of the folders that it lies in
+
+
+def plan_of_folder(root: DataRoot, split: Split) -> Plan:
+    """The plan of the images in a folder, as `list_images` says.
+
+    Args:
+        root: The folder.
+        split: The images wanted.
+
+    Raises:
+        MissingError: The split is not there, holds no images, or a folder cannot be listed.
+        SettingError: A name is not UTF-8.
+        UserError: The storage does not answer.
+    """
+    scan = _scanner(root)
+    homes = _split_folders(scan)
+    if not homes and "images" in scan("").folders:
+        inner = open_root(root.place("images"))
+        inner_scan = _scanner(inner)
+        if homes := _split_folders(inner_scan):
+            root, scan = inner, inner_scan
+    homes = homes or [""]
+    chosen = chosen_of(root.root, split, homes, split_named)
+    classes = {home: _class_folders(scan, home) for home in homes}
+    class_names = sorted(set().union(*classes.values()), key=os.fsencode)
+    number = {name: label for label, name in enumerate(class_names)}
+    found = [
+        (number.get(_class_of(folder, classes), -1), listing)
+        for start in ([""] if split == "all" else chosen)
+        for folder, listing in _walk(scan, start)
+        if len(listing.files)
+    ]
+    if not found:
+        endings = " ".join(sorted(IMAGE_EXTENSIONS))
+        raise MissingError(f"{root.root} holds no images for split {split}: looked for {endings}")
+    counts = [len(listing.files) for _, listing in found]
+    return make_plan(
+        root.root,
+        paths=pa.chunked_array([listing.files for _, listing in found]),
+        rows=np.full(sum(counts), -1),
+        sizes=np.concatenate([listing.sizes for _, listing in found]),
+        labels=np.repeat([label for label, _ in found], counts),
+        class_names=class_names,
+    )
+
+
+def holds_images(root: DataRoot) -> bool:
+    """Whether there is an image file anywhere below a folder."""
+    return any(len(listing.files) for _, listing in _walk(_scanner(root), ""))
+
+
+def _scanner(root: DataRoot) -> _Scan:
+    """Lists folders; each is asked for once."""
+    return cache(partial(root.scan, endings=IMAGE_EXTENSIONS))
+
+
+def _split_folders(scan: _Scan) -> list[str]:
+    return [name for name in scan("").folders if split_named(name)]
+
+
+def _class_folders(scan: _Scan, folder: str) -> set[str]:
+    """Names of the sub-folders that are classes: none where images lie beside them."""
+    listing = scan(folder)
+    return set() if len(listing.files) else set(listing.folders)
+
+
+def _class_of(folder: str, classes: dict[str, set[str]]) -> str:
+    """Name of the class that the files of a folder belong to, "" if to none."""
+    home, _, inside = ("", "", folder) if "" in classes else folder.partition("/")
+    name = inside.partition("/")[0]
+    return name if name in classes.get(home, ()) else ""
+
+
+def _walk(scan: _Scan, start: str) -> Iterator[tuple[str, FolderListing]]:
+    """Each folder from ``start`` down, level by level, with what it holds."""
+    level = [_Folder(start, frozenset())]
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        while level:
+            below: list[_Folder] = []
+            paths = [folder.path for folder in level]
+            for folder, listing in zip(level, pool.map(scan, paths), strict=True):
+                here = listing.identity
+                if here is not None and here in folder.above:
+                    continue  # a link to a folder above would go round for ever
+                yield folder.path, listing
+                above = folder.above | ({here} if here is not None else set())
+                prefix = f"{folder.path}/" if folder.path else ""
+                below += [_Folder(prefix + name, above) for name in listing.folders]
+            level = below
