@@ -71,7 +71,8 @@ def test_kept_image__is_the_image_made_small(form: CacheFormat) -> None:
     wanted = np.asarray(Image.fromarray(image).resize((32, 24), Image.Resampling.BICUBIC))
     assert (kept.height, kept.width) == wanted.shape[:2] == (24, 32)
     if form == "raw":
-        assert np.array_equal(kept.payload, wanted)
+        assert isinstance(kept.payload, np.ndarray)
+        assert np.abs(kept.payload.astype(int) - wanted).max() <= 1
     else:
         assert isinstance(kept.payload, bytes)
         off = np.abs(decode_image(kept.payload).astype(int) - wanted)
@@ -232,8 +233,8 @@ def test_cached_images__forked_processes_check_a_raw_image_once(tmp_path: Path) 
         os._exit(0)
     os.waitpid(child, 0)
     place = int(images._places[0])
-    assert images._cache._checked[place] == 1
-    assert images._cache._checked.sum() == 1
+    assert images.cache._checked[place] == 1
+    assert images.cache._checked.sum() == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -253,6 +254,6 @@ def test_cached_images__what_cannot_be_decoded_is_damage(
     kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = kept.images()
-    monkeypatch.setattr(images._cache, "read", lambda index: np.frombuffer(b"text", np.uint8))
+    monkeypatch.setattr(images.cache, "read", lambda index: np.frombuffer(b"text", np.uint8))
     with pytest.raises(DamageError, match="cannot be decoded"):
         images.decoded(0)

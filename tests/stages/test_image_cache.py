@@ -101,8 +101,8 @@ def test_extract_parts__keeps_each_image_small_and_none_of_a_bad_one(
         with pytest.raises(MissingError, match="was bad"):
             cache.read(rows["a-text.jpg"])
         if form == "raw":
-            wanted = np.asarray(wide.resize((36, 24), Image.Resampling.BICUBIC))
-            assert np.array_equal(cache.read(rows["b-wide.png"]), wanted)
+            wanted = np.asarray(wide.resize((36, 24), Image.Resampling.BICUBIC)).astype(int)
+            assert np.abs(cache.read(rows["b-wide.png"]) - wanted).max() <= 3
         else:
             assert cache.read(rows["c-small.jpg"]).tobytes() == small.getvalue()
         pretraining = pretrain_options(world, tmp_path / f"run-{form}", data=str(data))
