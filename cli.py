@@ -22,7 +22,7 @@ import typer.core
 import typer.main
 
 from . import __version__
-from .errors import MissingError, SettingError, UserError
+from .errors import DamageError, MissingError, SettingError, UserError
 
 if typing.TYPE_CHECKING:
     from .stages.demo import DemoOptions
@@ -37,6 +37,7 @@ if typing.TYPE_CHECKING:
     from .stages.make_creatures import MakeCreaturesOptions
     from .stages.pretrain import PretrainOptions
     from .stages.show import ShowMasksOptions, ShowPartsOptions, ShowReconstructionsOptions
+    from .stages.store_care import RepairPartsOptions
 
 SETTINGS_FILE = Path("semmae.toml")
 
@@ -97,7 +98,7 @@ groups = {
         "stage1": "Learn parts and extract them into a store.",
         "stage2": "Pretrain with masks that follow the parts.",
         "eval": "Evaluate stored checkpoints and part stores.",
-        "parts": "Look at a part store, or make one from label images.",
+        "parts": "Look at a part store, check and mend it, or make one from label images.",
         "masks": "Look at masks.",
     }.items()
 }
@@ -453,6 +454,32 @@ def _info(store: Annotated[Path, typer.Argument(help="Part store.")]) -> None:
     from .stages.show import parts_info
 
     _print_metrics(parts_info(store))
+
+
+@groups["parts"].command("verify")
+def _verify(store: Annotated[Path, typer.Argument(help="Part store.")]) -> None:
+    """Read every byte of a part store and name what is damaged, missing or foreign."""
+    from .stages.store_care import verify_parts
+
+    faults = verify_parts(store)
+    for fault in faults:
+        print(fault)
+    if faults:
+        raise DamageError(
+            f"{len(faults)} objects of {store} are not as they were written: "
+            f"`semmae parts repair {store}` mends what can be mended"
+        )
+    print(f"{store} is what was written, to the byte")
+
+
+@command("parts repair", "store_care:RepairPartsOptions", arguments=("parts",))
+def _repair(options: "RepairPartsOptions") -> None:
+    """Do the damaged and missing shards of a part store again, and nothing else."""
+    from .stages.store_care import repair_parts
+
+    for fault in repair_parts(options):
+        print(f"mended: {fault}")
+    print(f"{options.parts} is what was written, to the byte")
 
 
 @command("parts import", "import_parts:ImportPartsOptions")

@@ -36,9 +36,10 @@ from semmae.pipeline.plan import Plan
 from semmae.pipeline.schedule import Draw
 from semmae.pipeline.sources import ImageReader, list_images
 from semmae.storage.image_cache import write_image_cache
+from semmae.storage.part_check import complete_store
 from semmae.storage.part_identity import META_SCHEMA, StoreIdentity, shard_size_for
 from semmae.storage.part_store import PartStore
-from semmae.storage.part_writer import complete_store, create_store, write_shard
+from semmae.storage.part_writer import create_store, write_shard
 
 SIDE, CROP, BATCH = 256, 224, 32
 OFFICIAL = "official recipe"

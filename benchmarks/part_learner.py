@@ -32,7 +32,7 @@ from semmae.stages.evals.part_measures import Evidence, measured
 from semmae.stages.evals.part_probe import probe_parts
 from semmae.stages.evals.part_views import EncodedViews, View, encoded_views, joined
 from semmae.stages.learn_parts import LearnPartsOptions
-from semmae.stages.networks import open_encoder
+from semmae.stages.networks import image_size_of, open_encoder
 from semmae.stages.part_start import position_share, started_learner, voting_learner
 from semmae.stages.part_training import CachedTokens, PartLearning
 from semmae.stages.place_learning import learn_places, sample_place_views
@@ -155,10 +155,16 @@ class Bench:
 
 
 def bench(
-    encoder: FrozenEncoder, data: str, labels: Path | None, train: int, val: int, place_images: int
+    encoder: FrozenEncoder,
+    size: tuple[int, int],
+    data: str,
+    labels: Path | None,
+    train: int,
+    val: int,
+    place_images: int,
 ) -> Bench:
     """Read all tokens and labels."""
-    size, patch = encoder.native_size, encoder.patch_size
+    patch = encoder.patch_size
     grid = (size[0] // patch, size[1] // patch)
 
     def read(split: Split, count: int, *views: View) -> tuple[ImageSource, EncodedViews, Evidence]:
@@ -214,6 +220,7 @@ def main() -> None:
     parser.add_argument("labels", type=Path, nargs="?")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--variants", default=",".join(VARIANTS), help="names, parted by commas")
+    parser.add_argument("--image-size", default=0, help="pixels, N or HxW; 0: the encoder's own")
     parser.add_argument("--train-images", type=int, default=2000)
     parser.add_argument("--val-images", type=int, default=1000)
     parser.add_argument("--place-images", type=int, default=4000)
@@ -223,7 +230,8 @@ def main() -> None:
         parser.error(f"no variant {', '.join(unknown)}: there are {', '.join(VARIANTS)}")
     encoder = open_encoder(given.encoder)
     counts = given.train_images, given.val_images, given.place_images
-    made = bench(encoder, given.data, given.labels, *counts)
+    size = image_size_of(given.image_size, encoder.native_size, encoder.patch_size)
+    made = bench(encoder, size, given.data, given.labels, *counts)
     tokens = made.train.tokens["whole"]
     print(f"place explains {position_share(tokens.patches):.0%} of the tokens' variance")
     print(" " * 22 + "".join(f"{head:>{max(len(head) + 1, 8)}}" for head in COLUMNS))

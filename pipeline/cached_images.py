@@ -56,7 +56,7 @@ def kept_size(height: int, width: int, side: int) -> tuple[int, int]:
     return (short, long) if height <= width else (long, short)
 
 
-def kept_image(data: bytes, image: Pixels, side: int, form: CacheFormat) -> CachedImage:
+def kept_image(data: bytes, image: Pixels, side: int, form: str) -> CachedImage:
     """What a cache keeps of an image: resampled as crops are (`crop_image`), never enlarged.
 
     A JPEG that needs no resize keeps its own bytes, where they give the same pixels again (an
@@ -66,7 +66,7 @@ def kept_image(data: bytes, image: Pixels, side: int, form: CacheFormat) -> Cach
         data: The encoded image.
         image: What it decodes to, uint8 (H, W, 3).
         side: Short side of the kept images, pixels.
-        form: Whether to keep a JPEG (`QUALITY`, `SUBSAMPLING`) or the pixels.
+        form: ``"jpeg"`` keeps a JPEG (`QUALITY`, `SUBSAMPLING`), ``"raw"`` the pixels.
 
     Returns:
         The image to keep; (h, w) is `kept_size`.

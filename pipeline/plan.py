@@ -153,6 +153,18 @@ def make_plan(
     return Plan(root, pa.table(ordered, schema=PLAN_SCHEMA), tuple(class_names))
 
 
+def plan_of_rows(root: str, table: pa.Table, class_names: Sequence[str]) -> Plan:
+    """A plan of some neighbouring rows of another, numbered from 0.
+
+    Args:
+        root: Folder that the paths are relative to.
+        table: The rows, of `PLAN_SCHEMA`, in order.
+        class_names: Name of each label.
+    """
+    numbers = pa.array(np.arange(table.num_rows, dtype=np.int64))
+    return Plan(root, table.set_column(0, PLAN_SCHEMA.field("index"), numbers), tuple(class_names))
+
+
 def _first_disorder(table: pa.Table) -> int | None:
     """Position of the first row that does not come before the next one, None if all do."""
     before, after = table.slice(0, max(len(table) - 1, 0)), table.slice(1)

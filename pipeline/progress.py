@@ -37,6 +37,10 @@ class Progress:
         self._start = self._said = time.monotonic()
         self._figures = ""
 
+    def reach(self, done: int, **figures: float) -> None:
+        """Say that ``done`` units are done in all, which may be fewer than was said before."""
+        self.update(done - self._done, **figures)
+
     def update(self, count: int = 1, **figures: float) -> None:
         """Say that ``count`` more units are done; ``figures`` are shown beside."""
         self._done += count

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MissingError, SettingError
+from ..pipeline.cluster import Watch
+from ..pipeline.image_loading import load_image
 from ..pipeline.options import require
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
@@ -30,7 +32,7 @@ from .label_images import (
     read_label_file,
     squash_labels,
 )
-from .store_filling import commit_shard, fill_store, load_image, meta_rows
+from .store_filling import commit_shard, fill_store, meta_rows
 
 PATCH = 16
 """Pixels of a patch, each way, that vote for its label once the label image is squashed."""
@@ -202,7 +204,7 @@ def import_parts(options: ImportPartsOptions) -> dict[str, Any]:
         found = _read_labels(options, reader, pool)
         identity = _identity_of(options, plan, found)
 
-        def work(shards: list[int]) -> Iterator[dict[str, Any]]:
+        def work(shards: list[int], _watch: Watch) -> Iterator[dict[str, Any]]:
             for shard in shards:
                 here = slice(*identity.shard_range(shard))
                 loaded = list(

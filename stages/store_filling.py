@@ -1,11 +1,10 @@
-"""What every command that fills a part store shares: reading images, meta rows, the run itself."""
+"""What every command that fills a part store shares: meta rows, and the run itself."""
 
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -14,23 +13,16 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import SettingError
-from ..pipeline.crops import squash
-from ..pipeline.decoding import BadImage, decode_image
+from ..pipeline.cluster import Watch
+from ..pipeline.image_loading import LoadedImage
 from ..pipeline.options import plain_options
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
-from ..pipeline.sources import ImageReader
 from ..storage.files import write_json
-from ..storage.image_cache import CachedImage
+from ..storage.part_check import committed_shards, complete_store, damaged_shards
 from ..storage.part_identity import META_SCHEMA, StoreIdentity
-from ..storage.part_writer import (
-    committed_shards,
-    complete_store,
-    create_store,
-    damaged_shards,
-    uncommit,
-    write_shard,
-)
+from ..storage.part_writer import create_store, uncommit, write_shard
+from .pace import Pace
 
 
 class FillOptions(Protocol):
@@ -45,77 +37,37 @@ class FillOptions(Protocol):
         """Folder of the part store."""
 
 
-class LoadedImage(NamedTuple):
-    """One image as it was read: its size and pixels, or why there are none."""
-
-    pixels: NDArray[np.uint8] | None
-    height: int | None
-    width: int | None
-    crc32: int
-    bad: BadImage | None
-    kept: CachedImage | None = None
-
-
-def load_image(
-    reader: ImageReader,
-    index: int,
-    image_size: tuple[int, int] | None = None,
-    keep: Callable[[bytes, NDArray[np.uint8]], CachedImage] | None = None,
-) -> LoadedImage:
-    """Read, check and decode one image.
-
-    Args:
-        reader: Of the images.
-        index: Position in the plan.
-        image_size: (H, W) that the pixels are squashed to; None keeps no pixels, only what is
-            known of them.
-        keep: Makes what the store's image cache keeps of an image, from its encoded bytes and
-            decoded pixels; None without a cache.
-
-    Returns:
-        ``pixels`` uint8 (H, W, 3) or None, height and width of the whole image, CRC-32 of its
-        encoded bytes (0 if they cannot be read), for a bad image why it is, and what ``keep`` made.
-    """
-    checksum = 0
-    try:
-        data = reader.read(index)
-        checksum = zlib.crc32(data)
-        image = decode_image(data)
-    except BadImage as bad:
-        return LoadedImage(None, None, None, checksum, bad)
-    pixels = None if image_size is None else squash(image, image_size)
-    kept = None if keep is None else keep(data, image)
-    return LoadedImage(pixels, image.shape[0], image.shape[1], checksum, None, kept)
-
-
 def meta_rows(
     plan: Plan,
     first: int,
-    loaded: list[LoadedImage],
+    loaded: Sequence[LoadedImage],
     labels: NDArray[np.uint8],
     confidence: NDArray[np.floating],
     parts: int,
+    start: int = 0,
 ) -> list[dict[str, Any]]:
     """Rows of `META_SCHEMA` of consecutive images.
 
     Args:
-        plan: Of the store.
-        first: Position of the first of the images in it.
+        plan: Of the store, or of some of its rows.
+        first: Position of the first of the images in ``plan``.
         loaded: The n images.
         labels: (n, rows, columns) uint8, part ids below ``parts``; those of bad images are ignored.
         confidence: (n,), mean over the patches of an image.
         parts: Number of part ids.
+        start: Position in the store of the first row of ``plan``.
     """
-    keys, classes, rows = plan.keys, plan.labels, []
+    here = plan.table.slice(first, len(loaded))
+    keys, classes, rows = here["key"].to_pylist(), here["label"].to_pylist(), []
     for place, image in enumerate(loaded):
-        index, bad = first + place, image.bad
+        bad = image.bad
         flat = labels[place].ravel()
         areas = np.bincount(flat, minlength=parts) / flat.size
         rows.append(
             {
-                "index": index,
-                "key": keys[index],
-                "label": int(classes[index]),
+                "index": start + first + place,
+                "key": keys[place],
+                "label": classes[place],
                 "width": image.width,
                 "height": image.height,
                 "crc32": image.crc32,
@@ -133,7 +85,7 @@ def meta_rows(
 def commit_shard(
     output: Path,
     shard: int,
-    rows: list[dict[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     image_cache: Mapping[str, int] | None = None,
     **arrays: NDArray[Any],
 ) -> dict[str, Any]:
@@ -142,7 +94,7 @@ def commit_shard(
     Returns:
         ``shard``, and counts ``ok`` and ``bad``.
     """
-    meta = pa.Table.from_pylist(rows, META_SCHEMA)
+    meta = pa.Table.from_pylist(list(rows), META_SCHEMA)
     commit = write_shard(output, shard, meta=meta, image_cache=image_cache, **arrays)
     return {name: commit[name] for name in ("shard", "ok", "bad")}
 
@@ -153,7 +105,7 @@ def fill_store(
     options: FillOptions,
     identity: StoreIdentity,
     plan: Plan,
-    work: Callable[[list[int]], Iterable[Mapping[str, Any]]],
+    work: Callable[[list[int], Watch], Iterable[Mapping[str, Any]]],
 ) -> dict[str, Any]:
     """Fill and complete a store, or go on where an earlier call was interrupted.
 
@@ -163,8 +115,8 @@ def fill_store(
         options: Settings of the command.
         identity: What the store is to hold.
         plan: Its images.
-        work: Commits the shards it is given, in any order, and gives for each a record with the
-            counts ``ok`` and ``bad``; not called if none is left to do.
+        work: Commits the shards it is given, in any order, tells meanwhile how far they are, and
+            gives for each a record as `Pace.committed` takes it; not called if none is left to do.
 
     Returns:
         The record ``complete.json``: ``images``, ``ok``, ``bad`` and checksums.
@@ -175,21 +127,21 @@ def fill_store(
         DamageError: A finished shard was damaged meanwhile.
     """
     create_store(options.output, identity, plan.table, plan.class_names)
-    if not (options.output / "complete.json").exists():
-        # What an interrupted run left may have been altered since; what is damaged is done again.
-        uncommit(options.output, damaged_shards(options.output))
+    # What an earlier run left may have been altered since; what is damaged is done again.
+    if damaged := damaged_shards(options.output):
+        uncommit(options.output, damaged)
     done = committed_shards(options.output)
     todo = [shard for shard in range(identity.shards) if shard not in done]
     started = datetime.now(UTC)
     finished = sum(stop - start for start, stop in map(identity.shard_range, done))
-    bad = 0
-    if todo:
-        with Progress(doing, identity.images, "image", finished) as progress:
-            for record in work(todo):
-                bad += record["bad"]
-                progress.update(record["ok"] + record["bad"], bad=bad)
+    with Progress(doing, identity.images, "image", finished) as progress:
+        pace = Pace(progress, finished, todo)
+        for record in work(todo, pace.watch) if todo else ():
+            pace.committed(record)
+    if told := pace.sentence():
+        print(told, file=sys.stderr)
     complete = complete_store(options.output)
-    _record_run(command, options, started, len(todo), complete)
+    _record_run(command, options, started, pace, complete)
     if not complete["ok"]:
         raise SettingError(
             f"not one of the {complete['images']} images in {options.data} could be read: "
@@ -199,7 +151,7 @@ def fill_store(
 
 
 def _record_run(
-    command: str, options: FillOptions, started: datetime, shards: int, complete: dict[str, Any]
+    command: str, options: FillOptions, started: datetime, pace: Pace, complete: dict[str, Any]
 ) -> None:
     """Keep what differs from run to run apart from the store itself."""
     write_json(
@@ -207,9 +159,10 @@ def _record_run(
         {
             "command": command,
             "options": plain_options(options),
+            "folder": str(Path.cwd()),
             "started": started.isoformat(),
             "finished": datetime.now(UTC).isoformat(),
-            "shards": shards,
+            "workers": pace.workers,
             "ok": complete["ok"],
             "bad": complete["bad"],
             "versions": {"semmae": __version__, "torch": torch.__version__},

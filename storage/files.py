@@ -173,30 +173,43 @@ def _canonical(record: Mapping[str, Any]) -> bytes:
     return text.encode()
 
 
+def encode_json(record: Mapping[str, Any]) -> bytes:
+    """A record as `write_json` writes it: JSON with its own CRC-32 in the field ``crc32``.
+
+    The same record gives the same bytes: keys are sorted and numbers are written one way.
+
+    Args:
+        record: Plain JSON values; keys that are no strings become strings, tuples become lists.
+
+    Raises:
+        ValueError: The record has a key ``crc32`` of its own, or holds NaN or an infinity.
+        TypeError: The record holds something that JSON has no word for.
+    """
+    if "crc32" in record:
+        raise ValueError("the record has a key 'crc32', which is the checksum's")
+    # A round trip first: keys are sorted as the strings they become, not as what they were.
+    return _sealed(json.loads(json.dumps(record, allow_nan=False)))
+
+
 def _sealed(record: Mapping[str, Any]) -> bytes:
-    """The bytes of a record with its checksum."""
+    """The bytes of a record of JSON's own types with its checksum."""
     sealed = {**record, "crc32": zlib.crc32(_canonical(record))}
     return json.dumps(sealed, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record atomically as JSON with its own CRC-32 in the field ``crc32``.
-
-    The same record gives the same bytes: keys are sorted and numbers are written one way.
+    """Write a record atomically, as `encode_json` gives it.
 
     Args:
         path: The file; parent folders are made, an existing file is replaced.
-        record: Plain JSON values; keys that are no strings become strings, tuples become lists.
+        record: Plain JSON values.
 
     Raises:
         ValueError: The record has a key ``crc32`` of its own, or holds NaN or an infinity.
         TypeError: The record holds something that JSON has no word for.
         UserError: The system refused the write.
     """
-    if "crc32" in record:
-        raise ValueError(f"the record for {path} has a key 'crc32', which is the checksum's")
-    # A round trip first: keys are sorted as the strings they become, not as what they were.
-    write_atomically(path, _sealed(json.loads(json.dumps(record, allow_nan=False))))
+    write_atomically(path, encode_json(record))
 
 
 def read_json(path: Path) -> dict[str, Any]:

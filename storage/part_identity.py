@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from ..errors import SettingError
 
-VERSION = 1
+VERSION = 2
 """Format of the store; another one is refused."""
 
 UNLABELLED = 255
@@ -96,6 +96,10 @@ class StoreIdentity:
     """How the store keeps the images: ``"jpeg"`` or ``"raw"``; ``""``: it does not."""
     image_cache_side: int = 0
     """Short side of the images kept, pixels, where they are not smaller; 0 without them."""
+    image_cache_recipe: str = ""
+    """How they are made small and encoded, in words; empty without them."""
+    updated_from: str = ""
+    """Fingerprint of the store that rows were taken over from; empty if none were."""
 
     def __post_init__(self) -> None:
         """Refuse what no store can hold."""
@@ -152,8 +156,7 @@ class StoreIdentity:
         # Through JSON, so that a fresh record and one read back are equal: tuples become lists.
         record: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         if not self.image_cache:
-            # The store is then the same, to the byte, as before there were caches.
-            del record["image_cache"], record["image_cache_side"]
+            record = {k: value for k, value in record.items() if not k.startswith("image_cache")}
         return record
 
     @classmethod

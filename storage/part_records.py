@@ -103,38 +103,30 @@ def read_set_up(path: Path) -> tuple[dict[str, Any], StoreIdentity]:
     return plan, StoreIdentity.from_record(plan["identity"])
 
 
-def plan_table(path: Path, plan: Mapping[str, Any]) -> pa.Table:
-    """The file plan of a store, one row an image in index order.
+def plan_table(
+    path: Path, plan: Mapping[str, Any], start: int = 0, stop: int | None = None
+) -> pa.Table:
+    """The file plan of a store, or some rows of it, one row an image in index order.
+
+    Only the files that hold the rows are read.
 
     Args:
-        path: Folder of the store.
+        path: Folder of a store that was set up; it need not be complete.
         plan: Its record ``plan.json``.
+        start: First row wanted.
+        stop: One past the last row wanted; None for all.
 
     Raises:
         DamageError: A file of the plan is not what was written.
     """
     objects = plan["objects"]
     names = sorted(name for name in objects if name.startswith("plan/"))
-    return pa.concat_tables([decode_table(read_checked(path / n, objects[n])) for n in names])
-
-
-def read_plan(path: Path) -> tuple[StoreIdentity, pa.Table, tuple[str, ...]]:
-    """What a store is to hold: all that a worker needs to write shards of it.
-
-    Args:
-        path: Folder of a store that was set up; it need not be complete.
-
-    Returns:
-        Its identity; its file plan, one row an image in index order; and the name of each class,
-        empty without classes.
-
-    Raises:
-        MissingError: There is no store.
-        MismatchError: The store has another format version.
-        DamageError: The set-up of the store is damaged.
-    """
-    plan, identity = read_set_up(path)
-    return identity, plan_table(path, plan), tuple(plan["class_names"])
+    rows: int = plan["plan_rows"]
+    last = None if stop is None else max(start // rows + 1, -(-stop // rows))
+    first = start // rows
+    found = [decode_table(read_checked(path / n, objects[n])) for n in names[first:last]]
+    length = None if stop is None else stop - start
+    return pa.concat_tables(found).slice(start - first * rows, length)
 
 
 def read_commit(path: Path, identity: StoreIdentity, shard: int) -> dict[str, Any]:

@@ -104,11 +104,15 @@ class PartStore:
         """
         return plan_table(self.path, self._plan)
 
-    def meta(self, columns: Sequence[str] | None = None) -> pa.Table:
+    def meta(
+        self, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None
+    ) -> pa.Table:
         """The meta rows, one an image in index order.
 
         Args:
             columns: Columns of `META_SCHEMA` wanted; None for all.
+            start: First row wanted.
+            stop: One past the last row wanted, above ``start``; None for all.
 
         Raises:
             SettingError: There is no such column.
@@ -117,9 +121,13 @@ class PartStore:
         unknown = sorted(set(columns or ()) - set(META_SCHEMA.names))
         if unknown:
             raise SettingError(f"no column {unknown} in meta; there are {META_SCHEMA.names}")
-        names = [meta_name(shard) for shard in range(self.identity.shards)]
+        rows = self.identity.shard_size
+        stop = self.identity.images if stop is None else stop
+        first = start // rows
+        names = [meta_name(shard) for shard in range(first, -(-stop // rows))]
         read = (read_checked(self.path / name, self._objects[name]) for name in names)
-        return pa.concat_tables([decode_table(data, columns) for data in read])
+        found = pa.concat_tables([decode_table(data, columns) for data in read])
+        return found.slice(start - first * rows, stop - start)
 
     def ok(self) -> NDArray[np.bool_]:
         """Which images could be read: (N,) bool.

@@ -1,17 +1,16 @@
-"""Writing a part store: set it up, write its shards in any order, verify and complete it.
+"""Writing a part store: set it up, write its shards in any order.
 
 One writer a shard; a shard is done when its commit record stands, never because an array can be
 read: Zarr gives the fill value for a shard that is missing.  A shard's bytes are a function of its
 content alone, so writers that overlap (a rerun beside workers that outlived a killed driver) leave
-the same store.  Layout: `part_records`.
+the same store.  Checking and completing: `part_check`; layout: `part_records`.
 
 Legend: n images of a shard, H attention heads, P parts.
 """
 
 import contextlib
-import re
 import shutil
-import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,23 +21,30 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..errors import DamageError, MismatchError, MissingError, SettingError, UserError
-from .files import damage_of, describe, file_crc32, read_json, write_atomically, write_json
+from .files import (
+    damage_of,
+    describe,
+    encode_json,
+    file_crc32,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from .part_identity import VERSION, StoreIdentity
 from .part_records import (
-    WAY_OUT,
     commit_path,
     encode_table,
     image_cache_name,
     meta_name,
     object_names,
-    read_commit,
+    plan_table,
     read_set_up,
 )
 from .part_shards import ShardCodec, array_metadata, array_specs, checked_array, checked_meta
+from .plan_changes import plan_changes
 
-_PLAN_ROWS = 1_000_000
-_LEFTOVER = re.compile(r"\..*\.[0-9a-f]{32}\.tmp", re.DOTALL)
-_LEFTOVER_SECONDS = 3600
+_PLAN_ROWS = 1 << 16
+"""Rows of the plan in one file: a worker reads the file of its shard, which lies in it whole."""
 
 
 def _differences(have: Any, want: Any, name: str = "") -> Iterator[str]:
@@ -76,6 +82,8 @@ def create_store(
 ) -> None:
     """Set up a store, or find that the same one is there already and can be gone on with.
 
+    Of a store that is there, what was damaged of its set-up is written again.
+
     Args:
         path: Folder of the store; made if absent.
         identity: What the store is to hold.
@@ -85,6 +93,7 @@ def create_store(
     Raises:
         MismatchError: A store of another identity is there, or ``plan`` has another length.
         SettingError: The folder holds other things and is no part store.
+        DamageError: The record ``plan.json`` is damaged, and nothing vouches that it was this one.
         UserError: The system refused a write.
     """
     if plan.num_rows != identity.images:
@@ -92,27 +101,65 @@ def create_store(
     if path.exists() and not path.is_dir():
         raise SettingError(f"{path} is a file; name a folder as --output")
     want = {"identity": identity.to_record(), "class_names": list(class_names)}
-    if (path / "plan.json").is_file():
-        have, _ = read_set_up(path)
-        different = [
-            *_differences(have["identity"], want["identity"]),
-            *_differences(have["class_names"], want["class_names"], "class_names"),
-        ]
-        if different:
-            raise MismatchError(
-                f"the part store {path} was begun with other settings ({'; '.join(different)}); "
-                "use the same ones to go on with it, or name another --output"
-            )
-        return
-    if path.exists():
+    begun = (path / "plan.json").is_file()
+    have = None
+    if begun:
+        with contextlib.suppress(DamageError):
+            have = _the_same(path, want, plan)
+        if have and not any(damage_of(path / n, o) for n, o in have["objects"].items()):
+            return
+    elif path.exists():
         _clear_leftovers(path)
     objects = {f"parts.zarr/{name}": data for name, data in array_metadata(identity).items()}
     for number, start in enumerate(range(0, plan.num_rows, _PLAN_ROWS)):
         objects[f"plan/part-{number:05d}.parquet"] = encode_table(plan.slice(start, _PLAN_ROWS))
-    for name, data in objects.items():
-        write_atomically(path / name, data)
     described = {name: describe(data) for name, data in objects.items()}
-    write_json(path / "plan.json", {"version": VERSION, **want, "objects": described})
+    record = {"version": VERSION, **want, "plan_rows": _PLAN_ROWS, "objects": described}
+    sealed = encode_json(record)
+    if begun and not have:
+        _refuse_unless_vouched(path, zlib.crc32(sealed))
+    for name, data in objects.items():
+        wanted = have["objects"][name] if have else described[name]
+        wrong = damage_of(path / name, wanted)
+        if wrong and wanted != described[name]:
+            raise DamageError(
+                f"{path / name} {wrong}, and this version of pyarrow or zarr cannot write it as it "
+                "was; name another --output"
+            )
+        if wrong:
+            write_atomically(path / name, data)
+    if not have:
+        write_atomically(path / "plan.json", sealed)
+
+
+def _the_same(path: Path, want: Mapping[str, Any], plan: pa.Table) -> dict[str, Any]:
+    """The record ``plan.json`` of a store; one of another identity is refused with what differs."""
+    have, _ = read_set_up(path)
+    different = [
+        *_differences(have["identity"], want["identity"]),
+        *_differences(have["class_names"], want["class_names"], "class_names"),
+    ]
+    if not different:
+        return have
+    way_out = "use the same ones to go on with it, or name another --output"
+    if have["identity"]["plan_fingerprint"] != want["identity"]["plan_fingerprint"]:
+        different.append(f"images: {plan_changes(plan_table(path, have), plan)}")
+        way_out += "; `semmae stage1 extract-parts --update` takes over what stayed the same"
+    raise MismatchError(
+        f"the part store {path} was begun with other settings ({'; '.join(different)}); {way_out}"
+    )
+
+
+def _refuse_unless_vouched(path: Path, crc32: int) -> None:
+    """Refuse a damaged ``plan.json`` unless another record says that it had this CRC-32."""
+    for place in (path / "complete.json", *sorted((path / "commits").glob("*.json"))):
+        with contextlib.suppress(DamageError, MissingError):
+            if read_json(place).get("plan") == crc32:
+                return
+    raise DamageError(
+        f"{path / 'plan.json'} is damaged, and no record vouches that it was that of this run; "
+        "name another --output"
+    )
 
 
 def write_shard(
@@ -142,7 +189,8 @@ def write_shard(
             already, where the store keeps them.
 
     Returns:
-        The commit record: ``shard, start, stop, ok, bad, objects``.
+        The commit record: ``shard, start, stop, ok, bad``, ``plan`` (CRC-32 of plan.json) and
+        ``objects``.
 
     Raises:
         MissingError: There is no store.
@@ -181,60 +229,11 @@ def write_shard(
         "stop": stop,
         "ok": int(ok.sum()),
         "bad": int((~ok).sum()),
+        "plan": file_crc32(path / "plan.json"),
         "objects": described,
     }
     write_json(commit_path(path, shard), commit)
     return commit
-
-
-def committed_shards(path: Path) -> set[int]:
-    """The shards whose commit record stands and is sound; their objects are not looked at.
-
-    Args:
-        path: Folder of the store.
-
-    Raises:
-        MissingError: There is no store.
-        DamageError: The store's ``plan.json`` is damaged.
-    """
-    _, identity = read_set_up(path)
-    done = set()
-    for shard in range(identity.shards):
-        with contextlib.suppress(MissingError, DamageError):
-            read_commit(path, identity, shard)
-            done.add(shard)
-    return done
-
-
-def damaged_shards(path: Path) -> dict[int, str]:
-    """Check every object of every shard against its commit record; this reads the whole store.
-
-    Args:
-        path: Folder of the store.
-
-    Returns:
-        What is wrong, by shard; ``"is not committed"`` for one that was not written yet.
-
-    Raises:
-        MissingError: There is no store.
-        DamageError: The store's ``plan.json`` is damaged.
-    """
-    _, identity = read_set_up(path)
-    return {shard: wrong for shard, wrong, _ in _examine(path, identity) if wrong}
-
-
-def _examine(path: Path, identity: StoreIdentity) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Each shard with what is wrong with it ("" if nothing) and its commit record."""
-    for shard in range(identity.shards):
-        try:
-            commit = read_commit(path, identity, shard)
-        except MissingError:
-            yield shard, "is not committed", {}
-        except DamageError as error:
-            yield shard, str(error), {}
-        else:
-            checks = ((name, damage_of(path / name, o)) for name, o in commit["objects"].items())
-            yield shard, "; ".join(f"{n} {wrong}" for n, wrong in checks if wrong), commit
 
 
 def uncommit(path: Path, shards: Iterable[int]) -> None:
@@ -253,70 +252,3 @@ def uncommit(path: Path, shards: Iterable[int]) -> None:
             commit_path(path, shard).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot remove {error.filename}: {error.strerror}") from error
-
-
-def _sweep(path: Path) -> None:
-    """Remove temporary files of `atomic_file` that killed writers left; they only cost space.
-
-    A live writer touches its file all the time.  Should a clock be wrong by more than the limit,
-    its rename fails and its shard stays uncommitted; nothing that stands is ever lost.
-    """
-    oldest = time.time() - _LEFTOVER_SECONDS
-    for place in path.rglob(".*.tmp"):
-        # Another process may sweep too, and the disk may be read-only.
-        with contextlib.suppress(OSError):
-            known = _LEFTOVER.fullmatch(place.name) and place.is_file() and not place.is_symlink()
-            if known and place.stat().st_mtime < oldest:
-                place.unlink()
-
-
-def complete_store(path: Path) -> dict[str, Any]:
-    """Verify the whole store and write ``complete.json``, without which it cannot be opened.
-
-    Temporary files of killed writers are removed where they were not written to for an hour.
-
-    Args:
-        path: Folder of the store.
-
-    Returns:
-        The record: ``images, ok, bad``, ``plan`` (CRC-32 of plan.json) and ``commits`` (CRC-32 of
-        each commit record, by shard).
-
-    Raises:
-        MissingError: There is no store.
-        DamageError: Shards are not committed, or objects are not what was written; the message
-            names them.  A ``complete.json`` of earlier is taken back then.
-        UserError: The system refused the write.
-    """
-    plan, identity = read_set_up(path)
-    wrong = {name: damage_of(path / name, o) for name, o in plan["objects"].items()}
-    faults = [f"{name} {reason}" for name, reason in wrong.items() if reason]
-    totals = {"ok": 0, "bad": 0}
-    commits = {}
-    for shard, reason, commit in _examine(path, identity):
-        if reason:
-            faults.append(f"shard {shard} {reason}")
-            continue
-        totals = {name: count + commit[name] for name, count in totals.items()}
-        commits[f"{shard:05d}"] = file_crc32(commit_path(path, shard))
-    if faults:
-        with contextlib.suppress(UserError):
-            uncommit(path, ())
-        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise DamageError(
-            f"the part store {path} is not complete: {'; '.join(faults[:8])}{more}; {WAY_OUT}"
-        )
-    _sweep(path)
-    record = {
-        "version": VERSION,
-        "images": identity.images,
-        **totals,
-        "plan": file_crc32(path / "plan.json"),
-        "commits": commits,
-    }
-    with contextlib.suppress(MissingError, DamageError):
-        # A store that is complete already may lie on a read-only disk.
-        if read_json(path / "complete.json") == record:
-            return record
-    write_json(path / "complete.json", record)
-    return record

@@ -24,9 +24,10 @@ from semmae.pipeline.plan import Plan
 from semmae.pipeline.schedule import BatchSampler, Draw, Schedule
 from semmae.pipeline.sources import list_images
 from semmae.storage.image_cache import CachedImage, write_image_cache
+from semmae.storage.part_check import complete_store
 from semmae.storage.part_identity import META_SCHEMA, StoreIdentity
 from semmae.storage.part_store import PartStore
-from semmae.storage.part_writer import complete_store, create_store, write_shard
+from semmae.storage.part_writer import create_store, write_shard
 
 SIDE = 24
 COUNT = 16

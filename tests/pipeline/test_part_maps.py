@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from semmae.errors import MismatchError, MissingError
 from semmae.pipeline.part_maps import PartMaps, join_store
 from semmae.pipeline.plan import Plan, make_plan
+from semmae.storage.part_check import complete_store
 from semmae.storage.part_identity import META_SCHEMA, StoreIdentity
 from semmae.storage.part_store import PartStore
-from semmae.storage.part_writer import complete_store, create_store, write_shard
+from semmae.storage.part_writer import create_store, write_shard
 
 
 def plan_of(names: list[str], sizes: list[int] | None = None) -> Plan:

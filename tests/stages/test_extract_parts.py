@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from semmae.errors import DamageError, MismatchError, SettingError
-from semmae.stages.extract_parts import ExtractionWorker, ExtractPartsOptions, extract_parts
+from semmae.pipeline.cluster import Tell
+from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
+from semmae.stages.extraction_worker import ExtractionWorker
 from semmae.stages.pretrain import pretrain, pretraining_data
 from semmae.storage.part_store import PartStore
 from semmae.tests.world import World, lasting_bytes, learn_options, pretrain_options
@@ -114,10 +116,10 @@ def test_extract_parts__bad_images_leave_the_maps_of_others_alone(
 class Stops(ExtractionWorker):
     """A worker that breaks off at its second shard."""
 
-    def __call__(self, shard: int) -> dict[str, object]:
+    def __call__(self, shard: int, tell: Tell = print) -> dict[str, object]:
         if shard == 1:
             raise KeyboardInterrupt
-        return super().__call__(shard)
+        return super().__call__(shard, tell)
 
 
 def test_extract_parts__an_interrupted_run_ends_as_one_that_was_not(
@@ -125,7 +127,7 @@ def test_extract_parts__an_interrupted_run_ends_as_one_that_was_not(
 ) -> None:
     options = options_for(world, tmp_path / "store")
     with pytest.raises(KeyboardInterrupt):
-        extract_parts(options, lambda: Stops(options, world.data))
+        extract_parts(options, Stops)
     with pytest.raises(DamageError, match="not complete"):
         PartStore.open(tmp_path / "store")
     extract_parts(options)

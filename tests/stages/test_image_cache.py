@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+import torch
 from PIL import Image
 
 from semmae.errors import MismatchError, MissingError, SettingError
+from semmae.pipeline.cluster import Tell
+from semmae.pipeline.image_loading import LoadedImage
 from semmae.pipeline.schedule import Draw
-from semmae.stages.extract_parts import ExtractionWorker, ExtractPartsOptions, extract_parts
+from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
+from semmae.stages.extraction_worker import ExtractionWorker
 from semmae.stages.pretrain import pretrain, pretraining_data
 from semmae.stages.show import parts_info
-from semmae.stages.store_filling import LoadedImage
+from semmae.storage.part_check import complete_store, damaged_shards
 from semmae.storage.part_store import PartStore
-from semmae.storage.part_writer import complete_store, damaged_shards
 from semmae.tests.world import World, lasting_bytes, pretrain_options
 
 SIDE = 24
@@ -35,7 +37,7 @@ def options_for(world: World, output: Path, **changes: object) -> ExtractPartsOp
 @pytest.fixture(scope="module")
 def jpeg_store(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("jpeg") / "store"
-    extract_parts(options_for(world, store, batch_size=16))
+    extract_parts(options_for(world, store, batch_size="16"))
     return store
 
 
@@ -49,24 +51,24 @@ def raw_store(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Stops(ExtractionWorker):
     """A worker that breaks off in the middle of its second shard."""
 
-    def __call__(self, shard: int) -> dict[str, object]:
+    def __call__(self, shard: int, tell: Tell = lambda images: None) -> dict[str, Any]:
         self._batches = 1 if shard == 1 else 100
-        return super().__call__(shard)
+        return super().__call__(shard, tell)
 
-    def _infer(self, loaded: list[LoadedImage]) -> dict[str, NDArray[Any]]:
+    def _encode(self, loaded: list[LoadedImage], precision: str = "") -> dict[str, torch.Tensor]:
         if self._batches == 0:
             raise KeyboardInterrupt
         self._batches -= 1
-        return super()._infer(loaded)
+        return super()._encode(loaded, precision)
 
 
 def test_extract_parts__a_cache_is_the_same_after_an_interruption(
     world: World, jpeg_store: Path, tmp_path: Path
 ) -> None:
-    options = options_for(world, tmp_path / "store", batch_size=16)
+    options = options_for(world, tmp_path / "store", batch_size="16")
     with pytest.raises(KeyboardInterrupt):
-        extract_parts(options, lambda: Stops(options, world.data))
-    left = [file.name for file in (tmp_path / "store/images").iterdir()]
+        extract_parts(options, Stops)
+    left = [file.name for file in (tmp_path / "store/images").glob("[0-9]*")]
     assert left == ["00000.jpeg"]
     extract_parts(options)
     assert lasting_bytes(tmp_path / "store") == lasting_bytes(jpeg_store)
@@ -120,15 +122,15 @@ def test_extract_parts__a_damaged_cache_is_found_and_mended(
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    assert "images/00000.jpeg" in damaged_shards(store)[0]
+    assert damaged_shards(store) == {0}
     (store / "complete.json").unlink()
-    extract_parts(options_for(world, store, batch_size=16))
+    extract_parts(options_for(world, store, batch_size="16"))
     assert lasting_bytes(store) == lasting_bytes(jpeg_store)
 
 
 def test_extract_parts__another_cache_is_another_store(world: World, jpeg_store: Path) -> None:
     before = lasting_bytes(jpeg_store)
-    options = options_for(world, jpeg_store, batch_size=16)
+    options = options_for(world, jpeg_store, batch_size="16")
     for other in (
         replace(options, cache_images=0),
         replace(options, cache_images=25),
@@ -137,6 +139,26 @@ def test_extract_parts__another_cache_is_another_store(world: World, jpeg_store:
         with pytest.raises(MismatchError, match="image_cache"):
             extract_parts(other)
     assert lasting_bytes(jpeg_store) == before
+
+
+def test_extract_parts__a_cache_is_made_of_rows_that_are_taken_over(
+    world: World, raw_store: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(world.data, data)
+    (sorted((data / "train").iterdir())[0] / "a-text.jpg").write_bytes(b"not an image at all\n")
+    options = options_for(world, tmp_path / "old", data=str(data), cache_images=0)
+    extract_parts(options)
+    Image.new("RGB", (50, 40), (9, 99, 9)).save(data / "train" / "new.png")
+    kept = replace(options, cache_images=SIDE, cache_format="raw")
+    extract_parts(replace(kept, output=tmp_path / "fresh"))
+    extract_parts(replace(kept, output=tmp_path / "updated", update=tmp_path / "old"))
+    fresh, updated = lasting_bytes(tmp_path / "fresh"), lasting_bytes(tmp_path / "updated")
+    images = {name for name in fresh if name.startswith("images/")}
+    assert len(images) == 3
+    assert all(fresh[name] == updated[name] for name in images)
+    meta = PartStore.open(tmp_path / "updated").meta(["status"])["status"].to_pylist()
+    assert meta.count("bad") == 1
 
 
 def test_extract_parts__refuses_a_negative_side(world: World, tmp_path: Path) -> None:

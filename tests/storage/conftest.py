@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
+from semmae.storage.part_check import complete_store
 from semmae.storage.part_identity import META_SCHEMA, StoreIdentity
-from semmae.storage.part_writer import complete_store, create_store, write_shard
+from semmae.storage.part_writer import create_store, write_shard
 
 Shard = tuple[NDArray[np.uint8], pa.Table, NDArray[np.float16], NDArray[np.float16]]
 

@@ -12,9 +12,10 @@ import pytest
 from semmae.errors import DamageError, MismatchError, MissingError, SettingError
 from semmae.storage import image_cache
 from semmae.storage.image_cache import CachedImage, write_image_cache
+from semmae.storage.part_check import check_shards, complete_store, damaged_shards
 from semmae.storage.part_identity import StoreIdentity
 from semmae.storage.part_store import PartStore
-from semmae.storage.part_writer import complete_store, create_store, damaged_shards, write_shard
+from semmae.storage.part_writer import create_store, write_shard
 
 if TYPE_CHECKING:
     from .conftest import Example
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def with_cache(example: "Example", form: str) -> StoreIdentity:
     plain = replace(example.identity, attention_heads=0, probabilities=False)
-    return replace(plain, image_cache=form, image_cache_side=8)
+    return replace(plain, image_cache=form, image_cache_side=8, image_cache_recipe="words")
 
 
 def image_of(index: int, form: str) -> CachedImage:
@@ -105,11 +106,14 @@ def test_image_cache__the_commit_record_vouches_for_every_byte(
     whole = file.read_bytes()
     for place in range(0, len(whole), 5):
         flip_byte(file, place)
-        assert "wrong checksum" in damaged_shards(tmp_path)[5]
+        (check,) = check_shards(tmp_path, [5])
+        assert [str(fault) for fault in check.faults] == [
+            f"images/00005.{form} has a wrong checksum"
+        ]
         file.write_bytes(whole)
-    assert damaged_shards(tmp_path) == {}
+    assert damaged_shards(tmp_path) == set()
     file.unlink()
-    assert "is missing" in damaged_shards(tmp_path)[5]
+    assert damaged_shards(tmp_path) == {5}
 
 
 def test_image_cache__no_damaged_byte_reaches_a_reader(
@@ -238,7 +242,7 @@ def test_write_shard__must_be_given_the_cache_that_the_store_keeps(
     labels, meta, *_ = example.content(0, identity)
     with pytest.raises(MismatchError, match="set up with an image cache"):
         write_shard(tmp_path / "with", 0, labels, meta)
-    plain = replace(identity, image_cache="", image_cache_side=0)
+    plain = replace(identity, image_cache="", image_cache_side=0, image_cache_recipe="")
     create_store(tmp_path / "without", plain, example.plan)
     given = {"size": 1, "crc32": 1}
     with pytest.raises(MismatchError, match="set up without an image cache"):

@@ -6,43 +6,51 @@ import pytest
 
 from semmae.errors import DamageError, MismatchError, MissingError
 from semmae.storage import files, part_writer
-from semmae.storage.part_records import object_names, read_commit, read_plan
-from semmae.storage.part_store import PartStore
+from semmae.storage.part_records import object_names, plan_table, read_commit, read_set_up
 from semmae.storage.part_writer import create_store
 
 if TYPE_CHECKING:
     from .conftest import Example
 
 
-def test_read_plan__gives_what_the_set_up_was_given(
-    example: "Example", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("start", "stop"), [(0, None), (0, 43), (8, 16), (10, 30), (40, 43)])
+def test_plan_table__gives_the_rows_asked_for(
+    example: "Example", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int, stop: int
 ) -> None:
     monkeypatch.setattr(part_writer, "_PLAN_ROWS", 10)
     create_store(tmp_path, example.identity, example.plan, example.names)
-    identity, plan, names = read_plan(tmp_path)
+    plan, identity = read_set_up(tmp_path)
     assert identity.to_record() == example.identity.to_record()
-    assert (plan.to_pydict(), names) == (example.plan.to_pydict(), example.names)
+    assert tuple(plan["class_names"]) == example.names
+    rows = plan_table(tmp_path, plan, start, stop)
+    assert rows.to_pylist() == example.plan.to_pylist()[start:stop]
 
 
-def test_read_plan__agrees_with_the_reader_of_a_complete_store(finished: Path) -> None:
-    identity, plan, names = read_plan(finished)
-    store = PartStore.open(finished)
-    assert (identity, names) == (store.identity, store.class_names)
-    assert plan.equals(store.plan())
+def test_plan_table__reads_only_the_files_that_hold_the_rows(
+    example: "Example", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part_writer, "_PLAN_ROWS", 8)
+    create_store(tmp_path, example.identity, example.plan, example.names)
+    for number in (0, 1, 3, 4, 5):
+        (tmp_path / f"plan/part-{number:05d}.parquet").unlink()
+    plan, _ = read_set_up(tmp_path)
+    assert plan_table(tmp_path, plan, 16, 24)["index"].to_pylist() == list(range(16, 24))
+    with pytest.raises(DamageError, match=r"part-00001\.parquet is missing"):
+        plan_table(tmp_path, plan, 15, 24)
 
 
-def test_read_plan__refuses_what_is_no_sound_store(store: Path) -> None:
+def test_read_set_up__refuses_what_is_no_sound_store(store: Path) -> None:
     with pytest.raises(MissingError, match=r"no plan\.json"):
-        read_plan(store / "meta")
+        read_set_up(store / "meta")
     place = store / "plan/part-00000.parquet"
     sound = place.read_bytes()
     place.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     with pytest.raises(DamageError, match=r"part-00000\.parquet"):
-        read_plan(store)
+        plan_table(store, read_set_up(store)[0])
     record = files.read_json(store / "plan.json")
-    files.write_json(store / "plan.json", {**record, "version": 2})
-    with pytest.raises(MismatchError, match="format version 2"):
-        read_plan(store)
+    files.write_json(store / "plan.json", {**record, "version": 1})
+    with pytest.raises(MismatchError, match="format version 1"):
+        read_set_up(store)
 
 
 def test_object_names__are_the_files_of_all_shards(example: "Example", finished: Path) -> None:

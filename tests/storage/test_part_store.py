@@ -14,10 +14,11 @@ import zarr
 
 from semmae.errors import DamageError, MissingError, SettingError
 from semmae.storage import part_store
+from semmae.storage.part_check import complete_store
 from semmae.storage.part_identity import META_SCHEMA, UNLABELLED
 from semmae.storage.part_shards import round_mantissa
 from semmae.storage.part_store import PartStore
-from semmae.storage.part_writer import complete_store, create_store, write_shard
+from semmae.storage.part_writer import create_store, write_shard
 
 if TYPE_CHECKING:
     from .conftest import Example

@@ -1,0 +1,302 @@
+"""What an extraction worker does: one shard of a part store after another.
+
+Legend: B images of a batch, n of a shard, H attention heads, P parts, (h, w) patches.
+"""
+
+import functools
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import UserError
+from ..models.parts import part_labels
+from ..pipeline.cached_images import kept_image
+from ..pipeline.cluster import Tell
+from ..pipeline.decoding import BadImage
+from ..pipeline.image_loading import LoadedImage, load_image
+from ..pipeline.options import choose_device
+from ..pipeline.plan import Plan, plan_of_rows
+from ..pipeline.quarantine import fatal_images
+from ..pipeline.sources import ImageReader
+from ..storage.image_cache import write_image_cache
+from ..storage.part_records import plan_table, read_set_up
+from ..storage.part_store import PartStore
+from ..storage.part_tries import begin_try, forget_tries
+from .networks import TrainedLearner, open_learner
+from .previous_store import PreviousRows
+from .store_filling import commit_shard, meta_rows
+
+TRIES = 3
+"""Tries of a shard that end with the worker's death before its images are tried one by one."""
+
+MOST_TRIES = 8
+"""Tries of a shard in one run before it is given up."""
+
+CHECKED_BATCHES = 8
+"""Batches whose labels are compared with those of full precision."""
+
+_AHEAD = 2
+"""Batches that are decoded ahead of the network."""
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions below float32, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """What a worker must be told; everything else is in the store."""
+
+    output: Path
+    """Folder of the store, absolute."""
+    root: str
+    """Folder or URL that the paths of the plan start from."""
+    learner: Path
+    """Folder of the learn-parts run, absolute."""
+    run: str
+    """Name of the run, for counting tries."""
+    device: str
+    """Device of this worker; of the store's device type."""
+    decode_threads: int
+    checked: int | None = None
+    """Shard whose labels are compared with those of full precision."""
+    update: Path | None = None
+    """Earlier store whose rows are taken over."""
+
+
+class _UnderWay(NamedTuple):
+    """A batch that was given to the device."""
+
+    first: int
+    loaded: list[LoadedImage]
+    made: dict[str, torch.Tensor]
+
+
+@dataclass
+class _Shard:
+    """What is known of the shard that is being worked on."""
+
+    shard: int
+    plan: Plan
+    start: int
+    reader: ImageReader
+    fatal: dict[int, str]
+    previous: PreviousRows | None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    arrays: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
+    cache: dict[str, int] | None = None
+
+
+class ExtractionWorker:
+    """Does shards of a store; one lives in each actor, and it runs without Ray too.
+
+    Every batch has the store's batch size, the last one filled with black images, and a CPU worker
+    computes with one thread; so what is written does not depend on how many workers there are, nor
+    on which images are bad.  Decoding, the network and the transfers overlap.
+
+    A shard whose worker died `TRIES` times holds an image that kills, or had bad luck: its images
+    are then loaded one by one in a process that may die, and those that kill it become bad rows.
+
+    Args:
+        settings: The settings.
+    """
+
+    load = staticmethod(load_image)
+    """Reads and decodes one image."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._device = choose_device(settings.device)
+        if self._device.type == "cpu":
+            torch.set_num_threads(1)
+        self._trained: TrainedLearner = open_learner(settings.learner)
+        self._trained.encoder.to(self._device)
+        self._trained.learner.to(self._device)
+        self._record, self.identity = read_set_up(settings.output)
+        self._old = PartStore.open(settings.update) if settings.update else None
+        self._pool = ThreadPoolExecutor(settings.decode_threads)
+        side, form = self.identity.image_cache_side, self.identity.image_cache
+        self._keep = functools.partial(kept_image, side=side, form=form) if form else None
+
+    def __call__(self, shard: int, tell: Tell = lambda images: None) -> dict[str, Any]:
+        """Extract and commit one shard.
+
+        Args:
+            shard: Its number.
+            tell: Told how many of its images are done.
+
+        Returns:
+            ``shard``, counts ``ok`` and ``bad``, ``seconds`` by activity (`pace.ACTIVITIES`), and
+            if this shard is the checked one ``equal`` and ``compared``: patches whose label is that
+            of full precision, of how many.
+
+        Raises:
+            UserError: The shard ended its worker too often in this run.
+        """
+        began = time.perf_counter()
+        state = self._begin(shard)
+        spent = {"wait": time.perf_counter() - began, "encode": 0.0, "write": 0.0}
+        compared = [0, 0]
+        before: _UnderWay | None = None
+        loads = self._loads(state)
+        while True:
+            began = time.perf_counter()
+            batch = next(loads, None)
+            spent["wait"] += time.perf_counter() - began
+            began = time.perf_counter()
+            after = None if batch is None else _UnderWay(*batch, self._encode(batch[1]))
+            if before is not None:
+                self._finish(state, before)
+                tell(len(state.rows))
+                if shard == self._settings.checked and before.first < self._checked_images:
+                    self._compare(before, compared)
+            spent["encode"] += time.perf_counter() - began
+            before = after
+            if before is None:
+                break
+        began = time.perf_counter()
+        whole = {name: np.concatenate(pieces) for name, pieces in state.arrays.items()}
+        record = commit_shard(self._settings.output, shard, state.rows, state.cache, **whole)
+        forget_tries(self._settings.output, shard)
+        spent["write"] = time.perf_counter() - began
+        told = {**record, "seconds": spent}
+        return {**told, "equal": compared[0], "compared": compared[1]} if compared[1] else told
+
+    @property
+    def _checked_images(self) -> int:
+        return CHECKED_BATCHES * self.identity.batch_size
+
+    def _begin(self, shard: int) -> _Shard:
+        """Note the try, and find the images that kill if there were too many."""
+        settings = self._settings
+        start, stop = self.identity.shard_range(shard)
+        tries = begin_try(settings.output, shard, settings.run)
+        if tries.in_run >= MOST_TRIES:
+            raise UserError(
+                f"shard {shard} of {settings.output} (images {start} to {stop - 1} of its plan) "
+                f"ended its worker {tries.in_run} times, and no image of it does so by itself: see "
+                "whether memory runs out, and use a smaller --batch-size or fewer --workers"
+            )
+        table = plan_table(settings.output, self._record, start, stop)
+        plan = plan_of_rows(settings.root, table, self._record["class_names"])
+        # In plan order a row group at a time is quick, and memory does not grow with the data set.
+        reader = ImageReader(plan, in_memory_limit=0)
+        fatal: dict[int, str] = {}
+        if tries.before >= TRIES:
+            size = self._trained.image_size
+            load = functools.partial(type(self).load, reader, image_size=size, keep=self._keep)
+            fatal = fatal_images(load, range(len(plan)))
+        old = None
+        if self._old is not None:
+            old = PreviousRows(self._old, settings.output, start, stop)
+        return _Shard(shard, plan, start, reader, fatal, old)
+
+    def _loads(self, state: _Shard) -> Iterator[tuple[int, list[LoadedImage]]]:
+        """Position of the first image of each batch and its images, loaded ahead of their use.
+
+        On the way they go into the image cache, whose file stands after the last batch.
+        """
+        size, count = self.identity.batch_size, len(state.plan)
+        waiting: list[list[Future[LoadedImage]]] = []
+        begun = 0
+        with write_image_cache(self._settings.output, self.identity, state.shard) as cache:
+            for first in range(0, count, size):
+                while begun < count and len(waiting) <= _AHEAD:
+                    places = range(begun, min(begun + size, count))
+                    waiting.append([self._pool.submit(self._load, state, p) for p in places])
+                    begun += size
+                loaded = [future.result() for future in waiting.pop(0)]
+                if cache is not None:
+                    cache.extend(image.kept for image in loaded)
+                yield first, loaded
+        state.cache = None if cache is None else cache.description
+
+    def _load(self, state: _Shard, place: int) -> LoadedImage:
+        if place in state.fatal:
+            data = state.reader.read(place)
+            bad = BadImage("fatal", f"decoding it kills the process ({state.fatal[place]})")
+            return LoadedImage(None, None, None, zlib.crc32(data), bad)
+        known = None if state.previous is None else state.previous.crc32(place)
+        return self.load(state.reader, place, self._trained.image_size, known, self._keep)
+
+    @torch.no_grad()
+    def _encode(self, loaded: list[LoadedImage], precision: str = "") -> dict[str, torch.Tensor]:
+        """Start the part maps of a batch: what the store keeps, (B, ...), still on the device."""
+        if all(image.pixels is None for image in loaded):
+            return self._nothing()
+        half = AUTOCAST.get(precision or self.identity.dtype)
+        images = self._batch(loaded).to(self._device, non_blocking=True)
+        with torch.autocast(self._device.type, dtype=half, enabled=half is not None):
+            tokens = self._trained.encoder(images)
+        maps = self._trained.learner(tokens, self.identity.grid, images)
+        labels, margin = part_labels(maps)
+        made = {"labels": labels, "confidence": margin.mean(dim=(1, 2))}
+        if self.identity.attention_heads:
+            made["class_attention"] = tokens.attention.unflatten(2, self.identity.grid).half()
+        if self.identity.probabilities:
+            made["probabilities"] = maps.half()
+        return made
+
+    def _batch(self, loaded: list[LoadedImage]) -> torch.Tensor:
+        """uint8 (B, H, W, 3) of the store's batch size, black where there is no image."""
+        shape = (self.identity.batch_size, *self._trained.image_size, 3)
+        batch = torch.zeros(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        places = batch.numpy()
+        for place, image in zip(places, loaded, strict=False):
+            if image.pixels is not None:
+                place[:] = image.pixels
+        return batch
+
+    def _nothing(self) -> dict[str, torch.Tensor]:
+        """What stands for a batch without one image to encode."""
+        size, grid, identity = self.identity.batch_size, self.identity.grid, self.identity
+        made = {
+            "labels": torch.zeros(size, *grid, dtype=torch.uint8),
+            "confidence": torch.zeros(size),
+        }
+        if identity.attention_heads:
+            shape = (size, identity.attention_heads, *grid)
+            made["class_attention"] = torch.zeros(shape, dtype=torch.float16)
+        if identity.probabilities:
+            made["probabilities"] = torch.zeros(size, identity.parts, *grid, dtype=torch.float16)
+        return made
+
+    def _finish(self, state: _Shard, batch: _UnderWay) -> None:
+        """Wait for a batch and add its rows to the shard's."""
+        loaded = batch.loaded
+        # A copy: the device's memory is used again for the next batch.
+        made = {k: np.array(v[: len(loaded)].cpu().numpy()) for k, v in batch.made.items()}
+        confidence = made.pop("confidence")
+        rows = meta_rows(
+            state.plan,
+            batch.first,
+            loaded,
+            made["labels"],
+            confidence,
+            self.identity.parts,
+            state.start,
+        )
+        known = np.flatnonzero([image.known for image in loaded])
+        if state.previous is not None and len(known):
+            for name, values in made.items():
+                values[known] = state.previous.array(name, batch.first + known)
+            for place in known.tolist():
+                rows[place] = state.previous.meta_row(batch.first + place, rows[place])
+        state.rows += rows
+        for name, values in made.items():
+            state.arrays.setdefault(name, []).append(values)
+
+    def _compare(self, batch: _UnderWay, compared: list[int]) -> None:
+        """Count the patches of a batch whose label is that of full precision."""
+        good = [place for place, image in enumerate(batch.loaded) if image.pixels is not None]
+        full = self._encode(batch.loaded, "fp32")["labels"]
+        equal = (batch.made["labels"] == full)[good]
+        compared[0] += int(equal.sum())
+        compared[1] += equal.numel()

@@ -1,0 +1,117 @@
+"""Rows of an earlier part store that a new one takes over: images that stayed the same.
+
+Legend: n images of a shard.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from ..errors import MismatchError
+from ..pipeline.plan import Plan
+from ..storage.files import atomic_file
+from ..storage.part_identity import StoreIdentity
+from ..storage.part_store import PartStore
+
+_MAY_DIFFER = (
+    "images",
+    "shard_size",
+    "batch_size",
+    "device_type",
+    "plan_fingerprint",
+    # The cache is made anew of every image.
+    "image_cache",
+    "image_cache_side",
+    "image_cache_recipe",
+)
+
+
+def refuse_other_parts(old: PartStore, identity: StoreIdentity) -> None:
+    """Refuse to take over the parts of another learner, grid or precision.
+
+    Args:
+        old: The earlier store.
+        identity: Of the new one.
+
+    Raises:
+        MismatchError: They differ in more than their images.
+    """
+    free = {name: getattr(identity, name) for name in (*_MAY_DIFFER, "updated_from")}
+    have = dataclasses.replace(old.identity, **free).to_record()
+    want = identity.to_record()
+    different = [
+        f"{name}: {have[name]!r} there, {want[name]!r} here"
+        for name in want
+        if have[name] != want[name]
+    ]
+    if different:
+        raise MismatchError(
+            f"--update is {old.path}, but its parts are others ({'; '.join(different)}): use the "
+            "settings it was made with, or extract all parts anew without --update"
+        )
+
+
+def find_previous(old: PartStore, plan: Plan, output: Path) -> int:
+    """Find the images that an earlier store knows by key and size, and keep where.
+
+    Args:
+        old: The earlier store.
+        plan: The images of the new one.
+        output: Folder of the new store; its ``cache/`` is written to.
+
+    Returns:
+        How many there are.
+    """
+    before = old.plan()
+    place = pc.index_in(plan.table["key"], value_set=before["key"].combine_chunks())
+    rows = pc.fill_null(place, -1).to_numpy().astype(np.int64)
+    same = before["bytes"].to_numpy()[rows] == plan.sizes
+    rows[~same] = -1
+    with atomic_file(_place(output, old.fingerprint)) as temporary, temporary.open("wb") as file:
+        np.save(file, rows)
+    return int((rows >= 0).sum())
+
+
+def _place(output: Path, fingerprint: str) -> Path:
+    return output / "cache" / f"previous-{fingerprint}.npy"
+
+
+class PreviousRows:
+    """What an earlier store holds of the images of one shard.
+
+    Args:
+        old: The earlier store.
+        output: Folder of the new store, after `find_previous`.
+        start: First row of the shard.
+        stop: One past its last row.
+    """
+
+    def __init__(self, old: PartStore, output: Path, start: int, stop: int) -> None:
+        kept: NDArray[np.int64] = np.load(_place(output, old.fingerprint), mmap_mode="r")
+        self._old, self._rows = old, np.array(kept[start:stop])
+        there = self._rows[self._rows >= 0]
+        # Both plans are sorted, so the rows of a shard lie close together in the earlier store.
+        self._first, last = (int(there.min()), int(there.max()) + 1) if len(there) else (0, 0)
+        self._meta = old.meta(start=self._first, stop=last).to_pylist() if last else []
+
+    def crc32(self, place: int) -> int | None:
+        """CRC-32 of the encoded image that had this key and size; None if there was none."""
+        row = int(self._rows[place])
+        return None if row < 0 else int(self._meta[row - self._first]["crc32"])
+
+    def meta_row(self, place: int, row: dict[str, Any]) -> dict[str, Any]:
+        """The meta row of an image with what the earlier store says; index and label stay."""
+        known = self._meta[int(self._rows[place]) - self._first]
+        return {**known, "index": row["index"], "label": row["label"]}
+
+    def array(self, name: str, places: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows of one of its arrays: ``labels``, ``class_attention`` or ``probabilities``."""
+        rows = self._rows[places]
+        if name == "labels":
+            return np.asarray(self._old.labels()[rows])
+        stored = getattr(self._old, name)()
+        return np.asarray(stored.oindex[rows])

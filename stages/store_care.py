@@ -1,0 +1,146 @@
+"""`semmae parts verify` and `semmae parts repair`: find damage in a part store, and mend it."""
+
+import dataclasses
+import sys
+import time
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from ..errors import DamageError, MissingError, SettingError
+from ..pipeline.progress import Progress
+from ..storage.files import read_json
+from ..storage.part_check import Fault, check_complete, check_plan, check_shards, foreign_objects
+from ..storage.part_records import read_set_up
+from .extract_parts import ExtractPartsOptions, extract_parts
+from .import_parts import ImportPartsOptions, import_parts
+
+
+class _Maker(NamedTuple):
+    """A command that fills stores."""
+
+    options: type
+    run: Callable[[Any], dict[str, Any]]
+
+
+MAKERS = {
+    "stage1 extract-parts": _Maker(ExtractPartsOptions, extract_parts),
+    "parts import": _Maker(ImportPartsOptions, import_parts),
+}
+"""Commands that fill stores, as the records in ``runs/`` name them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairPartsOptions:
+    """Settings of `repair_parts`; what is not given is as in the store's last run."""
+
+    parts: Annotated[Path, "A part store."]
+    data: Annotated[str | None, "Where its images are now; default: where they were."] = None
+    learner: Annotated[Path | None, "Where its learner is now; default: where it was."] = None
+    labels: Annotated[Path | None, "Where its label images are now, if it was imported."] = None
+    workers: Annotated[int | None, "Ray actors; 0: this process. Default: as it was."] = None
+
+
+def verify_parts(path: Path) -> list[Fault]:
+    """Read every object of a store and compare it with its checksums.
+
+    Args:
+        path: Folder of the store.
+
+    Returns:
+        Each damaged, missing or foreign object; empty where all is as it was written.
+
+    Raises:
+        MissingError: There is no store.
+        MismatchError: The store has another format version.
+    """
+    faults = check_plan(path)
+    if any(fault.name == "plan.json" for fault in faults):
+        # Nothing else can be told apart without it.
+        return [*faults, *check_complete(path)]
+    faults += check_complete(path)
+    _, identity = read_set_up(path)
+    began, size = time.perf_counter(), 0
+    with Progress("verifying", identity.shards, "shard") as progress:
+        for check in check_shards(path):
+            faults += check.faults
+            size += check.bytes
+            progress.update()
+    seconds = time.perf_counter() - began
+    print(
+        f"read {size / 1e6:.1f} MB in {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s",
+        file=sys.stderr,
+    )
+    return faults + foreign_objects(path)
+
+
+def repair_parts(options: RepairPartsOptions) -> list[Fault]:
+    """Do the damaged and missing shards of a store again, and nothing else.
+
+    The command that made the store is run again with the settings of its last run.
+
+    Args:
+        options: The settings.
+
+    Returns:
+        What was wrong before and is right now.
+
+    Raises:
+        MissingError: There is no store, or no record of the run that made it.
+        SettingError: A setting does not belong to the command that made the store.
+        MismatchError: Images, learner or labels are no longer those of the store.
+        DamageError: Something could not be mended, such as foreign files.
+    """
+    before = verify_parts(options.parts)
+    foreign = {fault for fault in before if fault.reason.startswith("is foreign")}
+    if mendable := [fault for fault in before if fault not in foreign]:
+        maker, settings = _last_run(options.parts)
+        given = {
+            field.name: getattr(options, field.name)
+            for field in dataclasses.fields(options)
+            if field.name != "parts" and getattr(options, field.name) is not None
+        }
+        unknown = sorted(given.keys() - {field.name for field in dataclasses.fields(maker.options)})
+        if unknown:
+            raise SettingError(
+                f"--{unknown[0]} is no setting of what made {options.parts}: leave it out"
+            )
+        maker.run(dataclasses.replace(settings, **given, output=options.parts))
+    if foreign:
+        names = ", ".join(fault.name for fault in sorted(foreign)[:5])
+        raise DamageError(
+            f"{options.parts} holds {len(foreign)} files that are not its own ({names}): remove "
+            "them; all that is its own is right now"
+        )
+    return mendable
+
+
+def _last_run(path: Path) -> tuple[_Maker, Any]:
+    """The command that filled a store last, and its settings."""
+    for place in sorted((path / "runs").glob("*.json"), reverse=True):
+        try:
+            record = read_json(place)
+        except DamageError:
+            continue
+        maker = MAKERS.get(record.get("command", ""))
+        if maker is not None:
+            return maker, _options_of(maker.options, record["options"], Path(record["folder"]))
+    raise MissingError(
+        f"{path / 'runs'} holds no sound record of the run that made the store: run `semmae stage1 "
+        f"extract-parts` or `semmae parts import` again with its settings and --output {path}"
+    )
+
+
+def _options_of(kind: type, plain: dict[str, Any], folder: Path) -> Any:
+    """Settings from a record; relative paths are those of the folder they were given in."""
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, value in plain.items():
+        if value is not None and Path in (hints[name], *typing.get_args(hints[name])):
+            value = folder / value
+        elif name == "data" and "://" not in value:
+            value = str(folder / value)
+        values[name] = value
+    return kind(**values)

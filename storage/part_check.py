@@ -1,0 +1,261 @@
+"""Checking a part store to the byte, and completing it.
+
+Whatever is altered, cut, lost or added is found: every object is compared with its commit record,
+each record carries its own checksum, and ``complete.json`` vouches for the records.
+"""
+
+import contextlib
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import DamageError, MissingError, UserError
+from .files import damage_of, file_crc32, read_json, write_json
+from .part_identity import VERSION, StoreIdentity
+from .part_records import WAY_OUT, commit_path, object_names, read_commit, read_set_up
+from .part_writer import uncommit
+
+_LEFTOVER = re.compile(r"\..*\.[0-9a-f]{32}\.tmp", re.DOTALL)
+_LEFTOVER_SECONDS = 3600
+
+_NO_PART = frozenset(("runs", "cache"))
+"""Folders of a store that are no part of what it is."""
+
+
+class Fault(NamedTuple):
+    """Something that is not as it was written."""
+
+    name: str
+    """The object, relative to the store."""
+    reason: str
+    """A few words: ``is missing``, ``has a wrong checksum``, ..."""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.reason}"
+
+
+class ShardCheck(NamedTuple):
+    """What the check of a shard found."""
+
+    shard: int
+    commit: Mapping[str, Any]
+    """Its commit record; empty if there is none that is sound."""
+    faults: list[Fault]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its objects."""
+        return sum(described["size"] for described in self.commit.get("objects", {}).values())
+
+
+def check_plan(path: Path) -> list[Fault]:
+    """Check plan and array metadata of a store.
+
+    Args:
+        path: Folder of the store.
+
+    Raises:
+        MissingError: There is no store.
+        MismatchError: The store has another format version.
+    """
+    try:
+        plan, _ = read_set_up(path)
+    except DamageError:
+        return [Fault("plan.json", "is not what was written")]
+    wrong = ((name, damage_of(path / name, known)) for name, known in plan["objects"].items())
+    return [Fault(name, reason) for name, reason in wrong if reason]
+
+
+def check_complete(path: Path) -> list[Fault]:
+    """Check that ``complete.json`` vouches for the plan and for each commit record there is.
+
+    Args:
+        path: Folder of the store.
+    """
+    try:
+        complete = read_json(path / "complete.json")
+    except MissingError:
+        return [Fault("complete.json", "is missing: the store was not completed")]
+    except DamageError:
+        return [Fault("complete.json", "is not what was written")]
+    if complete["plan"] != file_crc32(path / "plan.json"):
+        return [Fault("complete.json", "is that of another store")]
+    return [
+        Fault(_commit_name(path, shard), "is not the one that the store was completed with")
+        for shard in sorted(_later_commits(path))
+    ]
+
+
+def check_shards(path: Path, shards: Iterable[int] | None = None) -> Iterator[ShardCheck]:
+    """Check every object of shards against its commit record; this reads all of them.
+
+    Args:
+        path: Folder of the store.
+        shards: Numbers of the shards; None for all.
+
+    Yields:
+        What was found in each shard, in order.
+
+    Raises:
+        MissingError: There is no store.
+        DamageError: The store's ``plan.json`` is damaged.
+    """
+    _, identity = read_set_up(path)
+    plan = file_crc32(path / "plan.json")
+    for shard in range(identity.shards) if shards is None else shards:
+        yield _check_shard(path, identity, shard, plan)
+
+
+def _check_shard(path: Path, identity: StoreIdentity, shard: int, plan: int) -> ShardCheck:
+    name = _commit_name(path, shard)
+    try:
+        commit = read_commit(path, identity, shard)
+    except MissingError:
+        return ShardCheck(shard, {}, [Fault(name, "is missing: the shard is not committed")])
+    except DamageError:
+        return ShardCheck(shard, {}, [Fault(name, "is not what was written")])
+    if commit["plan"] != plan:
+        return ShardCheck(shard, {}, [Fault(name, "is that of another store")])
+    wrong = ((name, damage_of(path / name, known)) for name, known in commit["objects"].items())
+    return ShardCheck(shard, commit, [Fault(name, reason) for name, reason in wrong if reason])
+
+
+def _commit_name(path: Path, shard: int) -> str:
+    return commit_path(path, shard).relative_to(path).as_posix()
+
+
+def foreign_objects(path: Path) -> list[Fault]:
+    """Files that no record of the store knows; temporary files of writers are none.
+
+    Args:
+        path: Folder of the store.
+
+    Raises:
+        MissingError: There is no store.
+        DamageError: The store's ``plan.json`` is damaged.
+    """
+    plan, identity = read_set_up(path)
+    known = {"plan.json", "complete.json", *plan["objects"]}
+    for shard in range(identity.shards):
+        known.update(object_names(identity, shard))
+        known.add(_commit_name(path, shard))
+    faults = []
+    for place in sorted(path.rglob("*")):
+        inner = place.relative_to(path)
+        if inner.parts[0] in _NO_PART or place.is_dir() or _LEFTOVER.fullmatch(place.name):
+            continue
+        if inner.as_posix() not in known:
+            faults.append(Fault(inner.as_posix(), "is foreign: no record of the store knows it"))
+    return faults
+
+
+def committed_shards(path: Path) -> set[int]:
+    """The shards whose commit record stands and is sound; their objects are not looked at.
+
+    Args:
+        path: Folder of the store.
+
+    Raises:
+        MissingError: There is no store.
+        DamageError: The store's ``plan.json`` is damaged.
+    """
+    _, identity = read_set_up(path)
+    done = set()
+    for shard in range(identity.shards):
+        with contextlib.suppress(MissingError, DamageError):
+            read_commit(path, identity, shard)
+            done.add(shard)
+    return done
+
+
+def damaged_shards(path: Path) -> set[int]:
+    """The shards that are not committed, or not what was written; this reads the whole store.
+
+    Args:
+        path: Folder of the store.
+
+    Raises:
+        MissingError: There is no store.
+        DamageError: The store's ``plan.json`` is damaged.
+    """
+    return {check.shard for check in check_shards(path) if check.faults} | _later_commits(path)
+
+
+def _later_commits(path: Path) -> set[int]:
+    """Shards whose commit record is another one than the store was completed with."""
+    try:
+        commits = read_json(path / "complete.json")["commits"]
+    except (MissingError, DamageError):
+        return set()
+    return {
+        int(shard)
+        for shard, crc32 in commits.items()
+        if commit_path(path, int(shard)).exists()
+        and file_crc32(commit_path(path, int(shard))) != crc32
+    }
+
+
+def _sweep(path: Path) -> None:
+    """Remove temporary files of `atomic_file` that killed writers left; they only cost space.
+
+    A live writer touches its file all the time.  Should a clock be wrong by more than the limit,
+    its rename fails and its shard stays uncommitted; nothing that stands is ever lost.
+    """
+    oldest = time.time() - _LEFTOVER_SECONDS
+    for place in path.rglob(".*.tmp"):
+        # Another process may sweep too, and the disk may be read-only.
+        with contextlib.suppress(OSError):
+            known = _LEFTOVER.fullmatch(place.name) and place.is_file() and not place.is_symlink()
+            if known and place.stat().st_mtime < oldest:
+                place.unlink()
+
+
+def complete_store(path: Path) -> dict[str, Any]:
+    """Verify the whole store and write ``complete.json``, without which it cannot be opened.
+
+    Temporary files of killed writers are removed where they were not written to for an hour.
+
+    Args:
+        path: Folder of the store.
+
+    Returns:
+        The record: ``images, ok, bad``, ``plan`` (CRC-32 of plan.json) and ``commits`` (CRC-32 of
+        each commit record, by shard).
+
+    Raises:
+        MissingError: There is no store.
+        DamageError: Shards are not committed, or objects are not what was written; the message
+            names them.  A ``complete.json`` of earlier is taken back then.
+        UserError: The system refused the write.
+    """
+    _, identity = read_set_up(path)
+    faults = check_plan(path)
+    totals = {"ok": 0, "bad": 0}
+    commits = {}
+    for check in check_shards(path):
+        faults += check.faults
+        if not check.faults:
+            totals = {name: count + check.commit[name] for name, count in totals.items()}
+            commits[f"{check.shard:05d}"] = file_crc32(commit_path(path, check.shard))
+    if faults:
+        with contextlib.suppress(UserError):
+            uncommit(path, ())
+        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+        told = "; ".join(map(str, faults[:8]))
+        raise DamageError(f"the part store {path} is not complete: {told}{more}; {WAY_OUT}")
+    _sweep(path)
+    record = {
+        "version": VERSION,
+        "images": identity.images,
+        **totals,
+        "plan": file_crc32(path / "plan.json"),
+        "commits": commits,
+    }
+    with contextlib.suppress(MissingError, DamageError):
+        # A store that is complete already may lie on a read-only disk.
+        if read_json(path / "complete.json") == record:
+            return record
+    write_json(path / "complete.json", record)
+    return record

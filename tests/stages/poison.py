@@ -1,0 +1,20 @@
+"""A decoder that is killed by some images, as a broken native one would be.
+
+It imports no network, so that the processes it kills start quickly.
+"""
+
+import os
+import signal
+from typing import Any
+
+from semmae.pipeline.image_loading import LoadedImage, load_image
+from semmae.pipeline.sources import ImageReader
+
+POISON = b"POISON"
+"""What the bytes of an image that kills begin with."""
+
+
+def poisoned_load(reader: ImageReader, index: int, *args: Any, **kwargs: Any) -> LoadedImage:
+    if reader.read(index).startswith(POISON):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return load_image(reader, index, *args, **kwargs)

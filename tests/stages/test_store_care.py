@@ -1,0 +1,76 @@
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from semmae.errors import DamageError, MissingError, SettingError
+from semmae.stages.store_care import RepairPartsOptions, repair_parts, verify_parts
+from semmae.tests.world import World, lasting_bytes
+
+
+@pytest.fixture
+def store(world: World, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(world.store, tmp_path / "store"))
+
+
+def commits_written(store: Path) -> dict[str, int]:
+    return {place.name: place.stat().st_mtime_ns for place in (store / "commits").iterdir()}
+
+
+def test_verify_parts__finds_nothing_in_a_sound_store(world: World) -> None:
+    assert verify_parts(world.store) == []
+
+
+def test_repair_parts__does_exactly_the_damaged_shards_again(store: Path, world: World) -> None:
+    before = commits_written(store)
+    (store / "meta/part-00001.parquet").unlink()
+    assert [fault.name for fault in verify_parts(store)] == ["meta/part-00001.parquet"]
+    assert [fault.name for fault in repair_parts(RepairPartsOptions(parts=store))] == [
+        "meta/part-00001.parquet"
+    ]
+    assert verify_parts(store) == []
+    assert lasting_bytes(store) == lasting_bytes(world.store)
+    after = commits_written(store)
+    assert {name for name in after if after[name] != before[name]} == {"00001.json"}
+
+
+def test_repair_parts__mends_a_flip_anywhere(store: Path, world: World) -> None:
+    rng = random.Random(1)
+    sound = lasting_bytes(world.store)
+    for name, data in sound.items():
+        damaged = bytearray(data)
+        damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (store / name).write_bytes(damaged)
+        assert name in [fault.name for fault in verify_parts(store)]
+        repair_parts(RepairPartsOptions(parts=store))
+        assert lasting_bytes(store) == sound, name
+
+
+def test_repair_parts__leaves_foreign_files_and_names_them(store: Path) -> None:
+    (store / "meta/notes.txt").write_text("mine")
+    with pytest.raises(DamageError, match=r"1 files that are not its own \(meta/notes\.txt\)"):
+        repair_parts(RepairPartsOptions(parts=store))
+    assert (store / "meta/notes.txt").read_text() == "mine"
+
+
+def test_repair_parts__takes_images_from_where_they_are_now(
+    store: Path, world: World, tmp_path: Path
+) -> None:
+    shutil.copytree(world.data, tmp_path / "moved")
+    (store / "commits/00000.json").unlink()
+    repair_parts(RepairPartsOptions(parts=store, data=str(tmp_path / "moved")))
+    assert lasting_bytes(store) == lasting_bytes(world.store)
+
+
+def test_repair_parts__what_is_no_setting_of_the_maker_is_refused(store: Path) -> None:
+    (store / "commits/00000.json").unlink()
+    with pytest.raises(SettingError, match="--labels is no setting"):
+        repair_parts(RepairPartsOptions(parts=store, labels=Path("labels")))
+
+
+def test_repair_parts__without_a_record_of_a_run_says_what_to_do(store: Path) -> None:
+    (store / "commits/00000.json").unlink()
+    shutil.rmtree(store / "runs")
+    with pytest.raises(MissingError, match="run `semmae stage1 extract-parts`"):
+        repair_parts(RepairPartsOptions(parts=store))
