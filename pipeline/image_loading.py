@@ -1,11 +1,13 @@
 """One image from its encoded bytes to the pixels that a network sees, or to why there are none."""
 
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..storage.image_cache import CachedImage
 from .crops import squash
 from .decoding import BadImage, decode_image
 from .sources import ImageReader
@@ -20,7 +22,13 @@ class LoadedImage(NamedTuple):
     crc32: int
     bad: BadImage | None
     known: bool = False
-    """Whether its bytes are those that were known; it was not decoded then."""
+    """Whether its bytes are those that were known; it has no pixels then."""
+    kept: CachedImage | None = None
+    """What the image cache of a store keeps of it."""
+
+
+Keep = Callable[[bytes, NDArray[np.uint8]], CachedImage]
+"""Makes what an image cache keeps of an image, from its encoded bytes and decoded pixels."""
 
 
 def load_image(
@@ -28,6 +36,7 @@ def load_image(
     index: int,
     image_size: tuple[int, int] | None = None,
     known: int | None = None,
+    keep: Keep | None = None,
 ) -> LoadedImage:
     """Read, check and decode one image.
 
@@ -36,20 +45,25 @@ def load_image(
         index: Position in the plan.
         image_size: (H, W) that the pixels are squashed to; None keeps no pixels, only what is
             known of them.
-        known: CRC-32 of encoded bytes that need not be decoded again.
+        known: CRC-32 of encoded bytes that need not be decoded again, unless for ``keep``.
+        keep: Of the store's image cache; None without one.
 
     Returns:
         ``pixels`` uint8 (H, W, 3) or None, height and width of the whole image, CRC-32 of its
-        encoded bytes (0 if they cannot be read), and for a bad image why it is.
+        encoded bytes (0 if they cannot be read), for a bad image why it is, and what ``keep`` made.
     """
-    checksum = 0
+    checksum, same = 0, False
     try:
         data = reader.read(index)
         checksum = zlib.crc32(data)
-        if checksum == known:
+        same = checksum == known
+        if same and keep is None:
             return LoadedImage(None, None, None, checksum, None, known=True)
         image = decode_image(data)
     except BadImage as bad:
-        return LoadedImage(None, None, None, checksum, bad)
+        return LoadedImage(None, None, None, checksum, None if same else bad, known=same)
+    kept = None if keep is None else keep(data, image)
+    if same:
+        return LoadedImage(None, None, None, checksum, None, known=True, kept=kept)
     pixels = None if image_size is None else squash(image, image_size)
-    return LoadedImage(pixels, image.shape[0], image.shape[1], checksum, None)
+    return LoadedImage(pixels, image.shape[0], image.shape[1], checksum, None, kept=kept)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from ..errors import DamageError, MissingError, SettingError
+from ..pipeline.cached_images import RECIPES, CacheFormat
 from ..pipeline.cluster import Placement, ShardWorker, Watch, Workers, open_workers
 from ..pipeline.options import choose_device, require
 from ..pipeline.plan import Plan
@@ -54,6 +55,10 @@ class ExtractPartsOptions:
     decode_threads: Annotated[int, "Threads a worker that read and decode images."] = 2
     class_attention: Annotated[bool, "Keep the encoder's class-token attention, by head."] = False
     probabilities: Annotated[bool, "Keep the soft part maps."] = False
+    cache_images: Annotated[
+        int, "Short side in pixels of a cache of the images kept in the store; 0: none."
+    ] = 0
+    cache_format: Annotated[CacheFormat, "Of that cache: JPEG, or uint8 pixels."] = "jpeg"
     update: Annotated[
         Path | None, "Earlier store: take over rows of equal key, size and CRC-32."
     ] = None
@@ -67,6 +72,7 @@ class ExtractPartsOptions:
         require(self.workers >= 0, "workers", self.workers, "0 or more")
         for name in ("workers_per_gpu", "decode_threads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.cache_images >= 0, "cache_images", self.cache_images, "0 or more")
         size = str(self.batch_size)
         right = size == "auto" or (size.isascii() and size.isdigit() and int(size) >= 1)
         require(right, "batch_size", size, "auto, or a number of at least 1")
@@ -102,6 +108,7 @@ def identity_of(
 ) -> StoreIdentity:
     """What makes the store of these settings the store it is."""
     shape = trained.learner.architecture
+    form = options.cache_format if options.cache_images else ""
     return StoreIdentity(
         images=len(plan),
         shard_size=shard_size_for(len(plan)),
@@ -122,6 +129,9 @@ def identity_of(
         },
         attention_heads=trained.encoder.heads if options.class_attention else 0,
         probabilities=options.probabilities,
+        image_cache=form,
+        image_cache_side=options.cache_images,
+        image_cache_recipe=RECIPES[form] if form else "",
         updated_from=updated_from,
     )
 

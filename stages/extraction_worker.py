@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..models.parts import part_labels
+from ..pipeline.cached_images import kept_image
 from ..pipeline.cluster import Tell
 from ..pipeline.decoding import BadImage
 from ..pipeline.image_loading import LoadedImage, load_image
@@ -25,6 +26,7 @@ from ..pipeline.options import choose_device
 from ..pipeline.plan import Plan, plan_of_rows
 from ..pipeline.quarantine import fatal_images
 from ..pipeline.sources import ImageReader
+from ..storage.image_cache import write_image_cache
 from ..storage.part_records import plan_table, read_set_up
 from ..storage.part_store import PartStore
 from ..storage.part_tries import begin_try, forget_tries
@@ -81,6 +83,7 @@ class _UnderWay(NamedTuple):
 class _Shard:
     """What is known of the shard that is being worked on."""
 
+    shard: int
     plan: Plan
     start: int
     reader: ImageReader
@@ -88,6 +91,7 @@ class _Shard:
     previous: PreviousRows | None
     rows: list[dict[str, Any]] = field(default_factory=list)
     arrays: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
+    cache: dict[str, int] | None = None
 
 
 class ExtractionWorker:
@@ -118,6 +122,8 @@ class ExtractionWorker:
         self._record, self.identity = read_set_up(settings.output)
         self._old = PartStore.open(settings.update) if settings.update else None
         self._pool = ThreadPoolExecutor(settings.decode_threads)
+        side, form = self.identity.image_cache_side, self.identity.image_cache
+        self._keep = functools.partial(kept_image, side=side, form=form) if form else None
 
     def __call__(self, shard: int, tell: Tell = lambda images: None) -> dict[str, Any]:
         """Extract and commit one shard.
@@ -166,7 +172,7 @@ class ExtractionWorker:
                 break
         began = time.perf_counter()
         whole = {name: np.concatenate(pieces) for name, pieces in state.arrays.items()}
-        record = commit_shard(self._settings.output, shard, state.rows, **whole)
+        record = commit_shard(self._settings.output, shard, state.rows, state.cache, **whole)
         forget_tries(self._settings.output, shard)
         spent["write"] = time.perf_counter() - began
         told = {**record, "seconds": spent}
@@ -193,24 +199,33 @@ class ExtractionWorker:
         reader = ImageReader(plan, in_memory_limit=0)
         fatal: dict[int, str] = {}
         if tries.before >= TRIES:
-            load = functools.partial(type(self).load, reader, image_size=self._trained.image_size)
+            size = self._trained.image_size
+            load = functools.partial(type(self).load, reader, image_size=size, keep=self._keep)
             fatal = fatal_images(load, range(len(plan)))
         old = None
         if self._old is not None:
             old = PreviousRows(self._old, settings.output, start, stop)
-        return _Shard(plan, start, reader, fatal, old)
+        return _Shard(shard, plan, start, reader, fatal, old)
 
     def _loads(self, state: _Shard) -> Iterator[tuple[int, list[LoadedImage]]]:
-        """Position of the first image of each batch and its images, loaded ahead of their use."""
+        """Position of the first image of each batch and its images, loaded ahead of their use.
+
+        On the way they go into the image cache, whose file stands after the last batch.
+        """
         size, count = self.identity.batch_size, len(state.plan)
         waiting: list[list[Future[LoadedImage]]] = []
         begun = 0
-        for first in range(0, count, size):
-            while begun < count and len(waiting) <= _AHEAD:
-                places = range(begun, min(begun + size, count))
-                waiting.append([self._pool.submit(self._load, state, place) for place in places])
-                begun += size
-            yield first, [future.result() for future in waiting.pop(0)]
+        with write_image_cache(self._settings.output, self.identity, state.shard) as cache:
+            for first in range(0, count, size):
+                while begun < count and len(waiting) <= _AHEAD:
+                    places = range(begun, min(begun + size, count))
+                    waiting.append([self._pool.submit(self._load, state, p) for p in places])
+                    begun += size
+                loaded = [future.result() for future in waiting.pop(0)]
+                if cache is not None:
+                    cache.extend(image.kept for image in loaded)
+                yield first, loaded
+        state.cache = None if cache is None else cache.description
 
     def _load(self, state: _Shard, place: int) -> LoadedImage:
         if place in state.fatal:
@@ -218,7 +233,7 @@ class ExtractionWorker:
             bad = BadImage("fatal", f"decoding it kills the process ({state.fatal[place]})")
             return LoadedImage(None, None, None, zlib.crc32(data), bad)
         known = None if state.previous is None else state.previous.crc32(place)
-        return self.load(state.reader, place, self._trained.image_size, known)
+        return self.load(state.reader, place, self._trained.image_size, known, self._keep)
 
     @torch.no_grad()
     def _encode(self, loaded: list[LoadedImage], precision: str = "") -> dict[str, torch.Tensor]:

@@ -26,10 +26,12 @@ output = {learner}
 [stage1.extract-parts]
 output = {parts}
 # workers = 0  # Ray actors, one GPU (or CPU) each; 0 works in the command's own process
+# cache-images = 256  # keep the images too, at this short side: pretraining can read them there
 
 [stage2.pretrain]
 output = {run}
 # masking = "semantic"  # or "random", plain MAE
+# images = "data"  # or "cache", the images that the part store keeps
 # size = "base"  # micro, tiny, small, base, large, huge
 # patch-size = 16
 # image-size = 224

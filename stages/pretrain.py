@@ -9,7 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import SettingError
 from ..models.autoencoder import SIZES, Architecture, MaskedAutoencoder
+from ..pipeline.cached_images import CachedImages
 from ..pipeline.feeding import Batch
 from ..pipeline.image_source import ImageSource
 from ..pipeline.loaders import PretrainingData
@@ -37,6 +39,10 @@ class PretrainOptions(TrainingOptions):
     parts: Annotated[Path | None, "Part store of those images; not needed by --masking random."] = (
         None
     )
+    images: Annotated[
+        Literal["data", "cache"],
+        "What crops are taken from: the images of the data, or those that the part store keeps.",
+    ] = "data"
     masking: Annotated[
         Literal["semantic", "random"], "semantic: by parts (SemMAE); random: plain MAE."
     ] = "semantic"
@@ -132,9 +138,12 @@ def pretraining_data(options: PretrainOptions) -> PretrainingData:
     """The crops and masks that a run of these settings trains on.
 
     Raises:
-        SettingError: The masking needs a part store and none was named.
+        SettingError: The masking or the image cache needs a part store and none was named.
         MismatchError: The store is of other images.
+        MissingError: The store keeps no images, and its cache is to be read.
     """
+    if options.images == "cache" and options.parts is None:
+        raise SettingError("--images cache needs --parts: the part store that keeps the images")
     plan = list_images(options.data, options.split)
     masks = MaskSchedule(
         policy=options.masking,
@@ -147,7 +156,10 @@ def pretraining_data(options: PretrainOptions) -> PretrainingData:
     if options.parts is not None:
         store = PartStore.open(options.parts)
         rows, places = join_store(plan, store)
-        images = ImageSource(plan, rows)
+        if options.images == "cache":
+            images = CachedImages(plan, rows, store, places)
+        else:
+            images = ImageSource(plan, rows)
         labels, parts, fingerprint = (
             (store.labels(), places),
             store.identity.parts,

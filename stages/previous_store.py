@@ -17,7 +17,17 @@ from ..storage.files import atomic_file
 from ..storage.part_identity import StoreIdentity
 from ..storage.part_store import PartStore
 
-_MAY_DIFFER = ("images", "shard_size", "batch_size", "device_type", "plan_fingerprint")
+_MAY_DIFFER = (
+    "images",
+    "shard_size",
+    "batch_size",
+    "device_type",
+    "plan_fingerprint",
+    # The cache is made anew of every image.
+    "image_cache",
+    "image_cache_side",
+    "image_cache_recipe",
+)
 
 
 def refuse_other_parts(old: PartStore, identity: StoreIdentity) -> None:

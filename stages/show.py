@@ -98,8 +98,15 @@ def parts_info(path: Path) -> dict[str, Any]:
         "mean confidence": round(float(confidence.mean()), 3),
         "shards": f"{identity.shards} of {identity.shard_size} images",
         "label bytes an image": round(size / identity.images, 1),
+        "image cache": _cache(identity),
         "made by": _origin(identity),
     }
+
+
+def _cache(identity: StoreIdentity) -> str:
+    """How a store keeps the images."""
+    side = identity.image_cache_side
+    return f"{identity.image_cache}, short side {side}" if identity.image_cache else "none"
 
 
 def _origin(identity: StoreIdentity) -> str:

@@ -83,16 +83,19 @@ def meta_rows(
 
 
 def commit_shard(
-    output: Path, shard: int, rows: Sequence[Mapping[str, Any]], **arrays: NDArray[Any]
+    output: Path,
+    shard: int,
+    rows: Sequence[Mapping[str, Any]],
+    image_cache: Mapping[str, int] | None = None,
+    **arrays: NDArray[Any],
 ) -> dict[str, Any]:
-    """Write one shard of the store: arrays and meta rows as `write_shard` takes them.
+    """Write one shard of the store: what it takes as `write_shard` does.
 
     Returns:
         ``shard``, and counts ``ok`` and ``bad``.
     """
-    commit = write_shard(
-        output, shard, meta=pa.Table.from_pylist(list(rows), META_SCHEMA), **arrays
-    )
+    meta = pa.Table.from_pylist(list(rows), META_SCHEMA)
+    commit = write_shard(output, shard, meta=meta, image_cache=image_cache, **arrays)
     return {name: commit[name] for name in ("shard", "ok", "bad")}
 
 

@@ -21,6 +21,9 @@ UNLABELLED = 255
 CHUNK = 512
 """Images that are compressed together, at most: the inner chunk of a shard."""
 
+CACHE_FORMATS = ("jpeg", "raw")
+"""How images may be kept: JPEG, or uint8 pixels; also the suffix of the files."""
+
 META_SCHEMA = pa.schema(
     [
         pa.field("index", pa.int64(), nullable=False),  # place of the image in the plan
@@ -89,6 +92,12 @@ class StoreIdentity:
     """Heads H of the class attention; 0: the store has no such array."""
     probabilities: bool = False
     """Whether the store keeps soft part maps."""
+    image_cache: str = ""
+    """How the store keeps the images: ``"jpeg"`` or ``"raw"``; ``""``: it does not."""
+    image_cache_side: int = 0
+    """Short side of the images kept, pixels, where they are not smaller; 0 without them."""
+    image_cache_recipe: str = ""
+    """How they are made small and encoded, in words; empty without them."""
     updated_from: str = ""
     """Fingerprint of the store that rows were taken over from; empty if none were."""
 
@@ -111,6 +120,16 @@ class StoreIdentity:
             )
         if self.attention_heads < 0:
             raise SettingError(f"attention_heads must not be negative, got {self.attention_heads}")
+        if self.image_cache not in ("", *CACHE_FORMATS):
+            raise SettingError(
+                f"image_cache must be {' or '.join(CACHE_FORMATS)}, or empty for none, "
+                f"not {self.image_cache}"
+            )
+        if (self.image_cache_side > 0) != bool(self.image_cache) or self.image_cache_side < 0:
+            raise SettingError(
+                "image_cache_side must be above 0 with an image cache and 0 without, "
+                f"got {self.image_cache_side}"
+            )
         if self.shard_size > CHUNK and self.shard_size % CHUNK:
             raise SettingError(
                 f"shard_size above {CHUNK} must be a multiple of it, not {self.shard_size}"
@@ -133,9 +152,11 @@ class StoreIdentity:
         return start, min(start + self.shard_size, self.images)
 
     def to_record(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
+        """The fields as plain JSON values; those of the image cache only where there is one."""
         # Through JSON, so that a fresh record and one read back are equal: tuples become lists.
         record: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if not self.image_cache:
+            record = {k: value for k, value in record.items() if not k.startswith("image_cache")}
         return record
 
     @classmethod

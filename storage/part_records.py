@@ -6,6 +6,7 @@
     parts.zarr/class_attention  optional (N, H, rows, columns) float16
     parts.zarr/probabilities    optional (N, P, rows, columns) float16
     meta/part-<shard>.parquet   one row an image, bad ones too
+    images/<shard>.jpeg, .raw   optional cache of the images (`image_cache`)
     commits/<shard>.json        written last of a shard, vouches for its objects
     complete.json               written by `complete_store`, vouches for every commit
     runs/, cache/               what differs from run to run, and what is derived
@@ -59,16 +60,22 @@ def meta_name(shard: int) -> str:
     return f"meta/part-{shard:05d}.parquet"
 
 
+def image_cache_name(identity: StoreIdentity, shard: int) -> str:
+    """Place of a shard's cached images, relative to the store, which must keep them."""
+    return f"images/{shard:05d}.{identity.image_cache}"
+
+
 def commit_path(path: Path, shard: int) -> Path:
     """Place of a shard's commit record in the store at ``path``."""
     return path / "commits" / f"{shard:05d}.json"
 
 
 def object_names(identity: StoreIdentity, shard: int) -> list[str]:
-    """The objects of a shard, relative to the store, in the order they are written."""
+    """The objects of a shard, relative to the store: arrays, meta rows, images if it keeps them."""
     arrays = array_specs(identity).items()
     names = [f"parts.zarr/{name}/{spec.key(shard)}" for name, spec in arrays]
-    return [*names, meta_name(shard)]
+    images = [image_cache_name(identity, shard)] if identity.image_cache else []
+    return [*names, meta_name(shard), *images]
 
 
 def read_set_up(path: Path) -> tuple[dict[str, Any], StoreIdentity]:

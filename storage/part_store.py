@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ..errors import DamageError, MissingError, SettingError, UserError
 from .files import atomic_file, file_crc32, read_checked, read_json
+from .image_cache import ImageCache
 from .part_identity import META_SCHEMA, StoreIdentity
 from .part_records import (
     WAY_OUT,
@@ -214,6 +215,20 @@ class PartStore:
             DamageError: A shard is missing or has another size than was written.
         """
         return self._float_array("probabilities")
+
+    def image_cache(self) -> ImageCache:
+        """The images that the store keeps, read from files by index.
+
+        Raises:
+            MissingError: The store was made without them.
+            DamageError: A commit record is not what was written.
+        """
+        if not self.identity.image_cache:
+            raise MissingError(
+                f"the part store {self.path} keeps no images; extract the parts anew with "
+                "--cache-images 256 into another --output"
+            )
+        return ImageCache(self.path, self.identity, self._objects)
 
     def _float_array(self, name: str) -> zarr.Array[Any]:
         if name not in array_specs(self.identity):

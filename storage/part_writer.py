@@ -11,7 +11,7 @@ Legend: n images of a shard, H attention heads, P parts.
 import contextlib
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from .part_identity import VERSION, StoreIdentity
 from .part_records import (
     commit_path,
     encode_table,
+    image_cache_name,
     meta_name,
     object_names,
     plan_table,
@@ -187,6 +188,8 @@ def write_shard(
     meta: pa.Table,
     class_attention: NDArray[np.float16] | None = None,
     probabilities: NDArray[np.float16] | None = None,
+    *,
+    image_cache: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Write one shard: its arrays, then its meta rows, and last the commit record.
 
@@ -201,6 +204,8 @@ def write_shard(
         meta: n rows with the columns of `META_SCHEMA`, indices of the shard in order.
         class_attention: (n, H, rows, columns) float16, where the store has it.
         probabilities: (n, P, rows, columns) float16, where the store has it.
+        image_cache: Size and CRC-32 of the shard's cached images, which `write_image_cache` wrote
+            already, where the store keeps them.
 
     Returns:
         The commit record: ``shard, start, stop, ok, bad``, ``plan`` (CRC-32 of plan.json) and
@@ -221,6 +226,11 @@ def write_shard(
     for name, values in given.items():
         if values is not None and name not in specs:
             raise MismatchError(f"the part store {path} was set up without {name}")
+    if (image_cache is not None) != bool(identity.image_cache):
+        raise MismatchError(
+            f"the part store {path} was set up {'with' if identity.image_cache else 'without'} an "
+            f"image cache, but shard {shard} came {'without' if identity.image_cache else 'with'}"
+        )
     objects = {}
     for (name, spec), place in zip(specs.items(), object_names(identity, shard), strict=False):
         limit = identity.parts if name == "labels" else np.inf
@@ -229,6 +239,9 @@ def write_shard(
     objects[meta_name(shard)] = encode_table(table)
     for place, data in objects.items():
         write_atomically(path / place, data)
+    described = {place: describe(data) for place, data in objects.items()}
+    if image_cache is not None:
+        described[image_cache_name(identity, shard)] = dict(image_cache)
     commit = {
         "shard": shard,
         "start": start,
@@ -236,7 +249,7 @@ def write_shard(
         "ok": int(ok.sum()),
         "bad": int((~ok).sum()),
         "plan": file_crc32(path / "plan.json"),
-        "objects": {place: describe(data) for place, data in objects.items()},
+        "objects": described,
     }
     write_json(commit_path(path, shard), commit)
     return commit

@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -151,7 +154,7 @@ def test_flips__are_fair_and_do_not_depend_on_the_batch() -> None:
 
 
 @pytest.mark.parametrize("size", [(224, 224), (64, 96)])
-def test_crop_image__equals_torchvision(size: tuple[int, int]) -> None:
+def test_crop_image__is_torchvision_s_up_to_rounding(size: tuple[int, int]) -> None:
     image = noise(180, 260)
     canvas = Image.fromarray(image)
     for row, box in enumerate(boxes_in(180, 260, 10)):
@@ -164,7 +167,31 @@ def test_crop_image__equals_torchvision(size: tuple[int, int]) -> None:
         pixels = crop_image(image, box, size, flip)
         assert pixels.shape == (*size, 3)
         assert pixels.flags.c_contiguous
-        assert np.array_equal(pixels, np.asarray(expected))
+        off = np.abs(pixels.astype(int) - np.asarray(expected))
+        assert off.max() <= 8
+        assert (off > 1).mean() < 0.002
+
+
+def test_crop_image__has_the_same_bits_without_vector_instructions() -> None:
+    script = (
+        "import zlib, numpy as np\n"
+        "from semmae.pipeline.crops import crop_image\n"
+        "image = np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8)\n"
+        "crc = 0\n"
+        "for size in ((48, 48), (160, 90)):\n"
+        "    for box in ((0, 0, 90, 131), (3, 10, 80, 60), (20, 0, 50, 131)):\n"
+        "        crc = zlib.crc32(crop_image(image, np.array(box), size, False), crc)\n"
+    )
+    here: dict[str, int] = {}
+    exec(script, here)
+    told = subprocess.run(
+        [sys.executable, "-c", f"{script}print(crc)"],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert int(told.stdout) == here["crc"]
 
 
 def test_crop_image__whole_box_at_its_own_size_changes_nothing() -> None:

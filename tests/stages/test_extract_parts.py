@@ -52,8 +52,10 @@ def add_bad_images(data: Path) -> dict[str, str]:
 def test_extract_parts__ray_workers_write_the_same_bytes_as_none(
     world: World, tmp_path: Path
 ) -> None:
-    extract_parts(options_for(world, tmp_path / "ray", workers=2))
-    here, there = lasting_bytes(world.store), lasting_bytes(tmp_path / "ray")
+    extract_parts(options_for(world, tmp_path / "none", cache_images=24))
+    extract_parts(options_for(world, tmp_path / "ray", cache_images=24, workers=2))
+    here, there = lasting_bytes(tmp_path / "none"), lasting_bytes(tmp_path / "ray")
+    assert {"images/00000.jpeg", "images/00002.jpeg"} <= here.keys()
     assert here.keys() == there.keys()
     assert [name for name in here if here[name] != there[name]] == []
 
