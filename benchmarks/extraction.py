@@ -1,0 +1,369 @@
+"""What extraction costs beside its network, and how well it is placed.
+
+Run one of these; each prints its figures beside those that are wanted::
+
+    python -m semmae.benchmarks.extraction steady LEARNER IMAGES [--rounds 9] [--images 32]
+    python -m semmae.benchmarks.extraction workers LEARNER IMAGES [--images 256]
+    python -m semmae.benchmarks.extraction start LEARNER IMAGES [--rounds 3]
+    python -m semmae.benchmarks.extraction plan LEARNER IMAGES [--images 1281167]
+    python -m semmae.benchmarks.extraction memory LEARNER IMAGES
+    python -m semmae.benchmarks.extraction placing
+    python -m semmae.benchmarks.extraction verify LEARNER IMAGES [--images 20000]
+
+LEARNER is the folder of a learn-parts run, IMAGES a folder of images.  Each process computes with
+one thread.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from semmae.pipeline.cluster import Placement, Tell, open_workers
+from semmae.pipeline.image_loading import LoadedImage, load_image
+from semmae.pipeline.sources import ImageReader, list_images
+from semmae.stages.extract_parts import (
+    ExtractPartsOptions,
+    extract_parts,
+    identity_of,
+    worker_settings,
+)
+from semmae.stages.extraction_worker import ExtractionWorker, WorkerSettings
+from semmae.stages.networks import open_learner
+from semmae.stages.store_care import verify_parts
+from semmae.storage.part_writer import create_store
+
+BATCH = 8
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+MODULE = "semmae.benchmarks.extraction"
+
+
+def linked(images: Path, folder: Path, count: int, a_folder: int = 1000) -> Path:
+    """A data set of ``count`` images that are links to those of a folder, in class folders."""
+    originals = [images / path for path in list_images(images).table["path"].to_pylist()]
+    # A file may have 65,000 names only.
+    sources = [folder / "originals" / f".{n}" for n in range(max(len(originals), count // 30_000))]
+    sources[0].parent.mkdir(parents=True)
+    for source, original in zip(sources, itertools.cycle(originals), strict=False):
+        shutil.copyfile(original, source)
+    for number in range(count):
+        place = folder / "images" / f"n{number // a_folder:08d}"
+        if number % a_folder == 0:
+            place.mkdir(parents=True)
+        os.link(sources[number % len(sources)], place / f"{number:010d}.JPEG")
+    return folder / "images"
+
+
+def options_for(given: argparse.Namespace, data: Path, output: Path) -> ExtractPartsOptions:
+    return ExtractPartsOptions(
+        data=str(data), learner=given.learner, output=output, batch_size=str(BATCH), split="all"
+    )
+
+
+def interval(values: list[float]) -> str:
+    """Mean of values with the half width of its 95 % interval."""
+    half = 2.3 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return f"{np.mean(values):.3f} ± {half:.3f}"
+
+
+def made_store(
+    given: argparse.Namespace, work: Path, count: int, workers: int = 0
+) -> tuple[WorkerSettings, list[int]]:
+    """A store that is set up for links to the images, what its workers are told, its shards."""
+    data = linked(given.images_folder, work / "data", count)
+    options = replace(options_for(given, data, work / "store"), workers=workers)
+    plan = list_images(data)
+    with open_workers(Placement(workers=0, device="cpu")) as here:
+        identity = identity_of(options, plan, open_learner(given.learner), BATCH, "cpu")
+        create_store(options.output, identity, plan.table, plan.class_names)
+        return worker_settings(options, plan, here), list(range(identity.shards))
+
+
+# One worker beside the bare network.
+
+
+def steady(given: argparse.Namespace, work: Path) -> None:
+    torch.set_num_threads(1)
+    settings, _ = made_store(given, work, min(given.images or 32, 32))
+    worker = ExtractionWorker(settings)
+    plan = list_images(settings.root)
+    reader, size = ImageReader(plan), worker._trained.image_size
+    loaded = [load_image(reader, index, size).pixels for index in range(len(plan))]
+    pixels = torch.from_numpy(np.stack([image for image in loaded if image is not None]))
+    encoder, learner = worker._trained.encoder, worker._trained.learner
+
+    @torch.no_grad()
+    def bare() -> None:
+        for batch in torch.split(pixels, BATCH):
+            encoder(batch)
+
+    @torch.no_grad()
+    def with_learner() -> None:
+        for batch in torch.split(pixels, BATCH):
+            learner(encoder(batch), worker.identity.grid, batch)
+
+    subjects: dict[str, Callable[[], Any]] = {
+        "worker": lambda: worker(0),
+        "bare": bare,
+        "learner": with_learner,
+    }
+    taken: dict[str, list[float]] = {name: [] for name in subjects}
+    for turn in range(given.rounds + 1):
+        for name, run in subjects.items():
+            began = time.process_time()
+            run()
+            if turn:  # the first one warms up
+                taken[name].append(time.process_time() - began)
+    worker_seconds = np.array(taken["worker"])
+    for name, words in (("bare", "the encoder alone"), ("learner", "encoder and part learner")):
+        ratios = (np.array(taken[name]) / worker_seconds).tolist()
+        print(f"rate of a worker over {words}: {interval(ratios)} (wanted 0.95)")
+    print(f"{1000 * worker_seconds.mean() / len(pixels):.1f} ms CPU an image")
+
+
+# Two workers beside one.
+
+
+def rate_of(ends: list[float], images: int, workers: int) -> float:
+    """Images a second from when every worker has done a shard to the end."""
+    return images * (len(ends) - workers) / (ends[-1] - ends[workers - 1])
+
+
+def plain(given: argparse.Namespace, work: Path) -> None:
+    """A process that does shards by itself; prints when each ended."""
+    settings = WorkerSettings(**json.loads(given.settings, object_hook=_paths))
+    worker = ExtractionWorker(settings)
+    for shard in given.shards:
+        worker(shard)
+        print(time.monotonic(), flush=True)
+
+
+def _paths(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: Path(v) if k in ("output", "learner") else v for k, v in values.items()}
+
+
+def workers(given: argparse.Namespace, work: Path) -> None:
+    settings, shards = made_store(given, work, given.images or 256)
+    told = json.dumps({**vars(settings)}, default=str)
+    rates: dict[str, list[float]] = {"ray": [], "plain": []}
+    for count in (1, 2):
+        with open_workers(Placement(workers=count, device="cpu")) as there:
+            ends = []
+            for _ in there.map(lambda: ExtractionWorker(settings), shards):
+                ends.append(time.monotonic())
+        rates["ray"].append(rate_of(ends, 32, count))
+        command = [sys.executable, "-m", MODULE, "plain", "--settings", told, "--shards"]
+        running = [
+            subprocess.Popen(
+                [*command, *map(str, shards[first::count])], env=ONE_THREAD, stdout=subprocess.PIPE
+            )
+            for first in range(count)
+        ]
+        printed = [process.communicate()[0].split() for process in running]
+        rates["plain"].append(rate_of(sorted(map(float, itertools.chain(*printed))), 32, count))
+    gain = {name: two / one for name, (one, two) in rates.items()}
+    print(
+        f"2 workers over 1: {gain['ray']:.2f} under Ray, {gain['plain']:.2f} as plain processes; "
+        f"ratio {gain['ray'] / gain['plain']:.2f} (wanted 0.9); images/s {rates}"
+    )
+
+
+# From the command to the first shard.
+
+
+def start(given: argparse.Namespace, work: Path) -> None:
+    data = linked(given.images_folder, work / "data", 128)
+
+    def timed(code: str) -> float:
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-c", code], check=True, env=ONE_THREAD)
+        return time.monotonic() - began
+
+    over = []
+    for turn in range(given.rounds):
+        init = timed("import ray; ray.init(include_dashboard=False, log_to_driver=False)")
+        imports = timed("import torch, timm")
+        store = work / f"store{turn}"
+        command = [sys.executable, "-c", "from semmae.cli import main; main()", "stage1"]
+        flags = {"data": data, "learner": given.learner, "output": store, "workers": 1}
+        words = [word for k, v in flags.items() for word in (f"--{k}", str(v))]
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [*command, "extract-parts", *words], env=ONE_THREAD, stderr=subprocess.DEVNULL
+        )
+        while not list(store.glob("runs/tries/*/*")) and process.poll() is None:
+            time.sleep(0.02)
+        first = time.monotonic() - began
+        process.wait()
+        over.append(first - init - imports)
+        print(f"first shard after {first:.1f} s; ray.init {init:.1f} s, imports {imports:.1f} s")
+    print(f"over both: {interval(over)} s (wanted 3)")
+
+
+# A listing of ImageNet's size.
+
+
+def plan(given: argparse.Namespace, work: Path) -> None:
+    count = given.images or 1_281_167
+    data = linked(given.images_folder, work / "data", count)
+    listing = f"from semmae.pipeline.sources import list_images; list_images({str(data)!r})"
+    program = "from semmae.cli import main; main()"
+    flags = {"data": data, "learner": given.learner, "output": work / "store", "split": "all"}
+    words = [word for k, v in flags.items() for word in (f"--{k}", str(v))]
+    dry = [sys.executable, "-c", program, "stage1", "extract-parts", *words, "--dry-run"]
+    for name, command in (("planning", [sys.executable, "-c", listing]), ("dry run", dry)):
+        began = time.monotonic()
+        process = subprocess.Popen(command, env=ONE_THREAD)
+        _, _, used = os.wait4(process.pid, 0)
+        print(
+            f"{name} of {count} images: {time.monotonic() - began:.1f} s (wanted 60), peak memory "
+            f"{used.ru_maxrss / 1e6:.2f} GB (wanted 1.5)"
+        )
+
+
+# Memory.
+
+
+class FakeEncoder(ExtractionWorker):
+    """A worker that reads and decodes but has no network to wait for; tells its peak memory."""
+
+    def _encode(self, loaded: list[LoadedImage], precision: str = "") -> dict[str, torch.Tensor]:
+        return self._nothing()
+
+    def __call__(self, shard: int, tell: Tell = lambda images: None) -> dict[str, Any]:
+        record = super().__call__(shard, tell)
+        return {**record, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+def filled(given: argparse.Namespace, work: Path) -> None:
+    """A process that fills a store with fakes; prints peak memory of driver and worker."""
+    peaks = []
+
+    def watched(settings: WorkerSettings) -> FakeEncoder:
+        return FakeEncoder(settings)
+
+    from semmae.stages import pace
+
+    committed = pace.Pace.committed
+
+    def kept(self: pace.Pace, record: Any) -> None:
+        peaks.append(record["peak"])
+        committed(self, record)
+
+    pace.Pace.committed = kept  # type: ignore[method-assign]
+    options = options_for(given, given.data, given.data.parent / "store")
+    extract_parts(replace(options, workers=1), watched)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, max(peaks))
+
+
+def memory(given: argparse.Namespace, work: Path) -> None:
+    peaks = []
+    for count in (10_000, 100_000):
+        data = linked(given.images_folder, work / str(count), count)
+        command = [sys.executable, "-m", MODULE, "filled", str(given.learner), str(data)]
+        done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=True)
+        peaks.append([int(number) / 1e3 for number in done.stdout.split()[-2:]])
+    for name, (few, many) in zip(("driver", "worker"), zip(*peaks, strict=True), strict=True):
+        print(
+            f"peak memory of the {name}: {few:.0f} MB for 10,000 images, {many:.0f} MB for "
+            f"100,000, {many / few - 1:+.1%} (wanted within 10 %)"
+        )
+
+
+# Placing.
+
+
+class Sleeper:
+    """A worker that sleeps."""
+
+    def __call__(self, shard: int, tell: Tell) -> dict[str, Any]:
+        began = time.time()
+        time.sleep(5)
+        return {"began": began, "ended": time.time()}
+
+
+def placing(given: argparse.Namespace, work: Path) -> None:
+    import ray
+
+    from semmae.pipeline import cluster
+
+    ray.init(num_cpus=40, include_dashboard=False, log_to_driver=False)
+    cluster._OnRay._join = lambda self: None  # type: ignore[method-assign]
+    placement = Placement(workers=32, address="here", device="cpu")
+    with open_workers(placement) as there:
+        records = list(there.map(Sleeper, range(157)))
+    up = max(first_of(records))
+    began, ended = min(r["began"] for r in records), max(r["ended"] for r in records)
+    waves = math.ceil(157 / 32) * 5
+    print(
+        f"157 shards of 5 s over 32 workers: {ended - began:.1f} s from the first shard's begin, "
+        f"{ended - up:.1f} s from the last worker's first one (ideal {waves} s)"
+    )
+
+
+def first_of(records: Iterable[dict[str, Any]]) -> Iterator[float]:
+    """When each worker began its first shard."""
+    first: dict[str, float] = {}
+    for record in records:
+        worker = record["worker"]
+        first[worker] = min(record["began"], first.get(worker, math.inf))
+    yield from first.values()
+
+
+# Bytes, and reading them all.
+
+
+def verify(given: argparse.Namespace, work: Path) -> None:
+    data = linked(given.images_folder, work / "data", given.images or 20_000)
+    options = replace(
+        options_for(given, data, work / "store"), class_attention=True, probabilities=True
+    )
+    extract_parts(options, FakeEncoder)
+    for _ in range(3):
+        began = time.process_time()
+        assert verify_parts(options.output) == []
+        seconds = time.process_time() - began
+        size = sum(p.stat().st_size for p in options.output.rglob("*") if p.is_file())
+        print(f"{size / 1e6:.0f} MB: {size / 1e6 / seconds:.0f} MB/s of CPU time (wanted 300)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    for run in (steady, workers, start, plan, memory, verify):
+        command = commands.add_parser(run.__name__)
+        command.add_argument("learner", type=Path)
+        command.add_argument("images_folder", type=Path)
+        command.add_argument("--images", type=int)
+        command.add_argument("--rounds", type=int, default=3 if run is start else 9)
+        command.set_defaults(run=run)
+    commands.add_parser("placing").set_defaults(run=placing)
+    inner = commands.add_parser("plain")
+    inner.add_argument("--settings")
+    inner.add_argument("--shards", type=int, nargs="+")
+    inner.set_defaults(run=plain)
+    inner = commands.add_parser("filled")
+    inner.add_argument("learner", type=Path)
+    inner.add_argument("data", type=Path)
+    inner.set_defaults(run=filled)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="semmae-bench-") as folder:
+        given.run(given, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
