@@ -58,6 +58,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "diversity 0": {"diversity_weight": 0.0},
     "blur 0": {"blur": 0.0},
     "blur 2": {"blur": 2.0},
+    "blur 3": {"blur": 3.0},
+    "blur 3 and 5 parts": {"blur": 3.0, "num_parts": 5},
     "blur 1": {"blur": 1.0},
     "affinity 0": {"affinity": 0.0},
     "affinity 0.2": {"affinity": 0.2},
