@@ -141,7 +141,14 @@ def fill_store(
     if told := pace.sentence():
         print(told, file=sys.stderr)
     complete = complete_store(options.output)
-    _record_run(command, options, started, pace, complete)
+    if todo:  # a store that is complete already may lie on a read-only disk
+        _record_run(command, options, started, pace, complete)
+    if complete["bad"]:
+        print(
+            f"{complete['bad']} of {complete['images']} images could not be used: status and "
+            f"error in {options.output / 'meta'} name them",
+            file=sys.stderr,
+        )
     if not complete["ok"]:
         raise SettingError(
             f"not one of the {complete['images']} images in {options.data} could be read: "
@@ -168,9 +175,3 @@ def _record_run(
             "versions": {"semmae": __version__, "torch": torch.__version__},
         },
     )
-    if complete["bad"]:
-        print(
-            f"{complete['bad']} of {complete['images']} images could not be used: status and "
-            f"error in {options.output / 'meta'} name them",
-            file=sys.stderr,
-        )
