@@ -134,11 +134,12 @@ class ImageReader:
     def __init__(self, plan: Plan, in_memory_limit: int = 2 << 30) -> None:
         self.plan = plan
         self._limit = in_memory_limit
-        self._paths = plan.table["path"].combine_chunks()
+        self._paths = plan.table["path"]
         self._rows = plan.table["row"].to_numpy()
         self._offsets = plan.table["offset"].to_numpy()
+        self._sizes = plan.sizes
         self._in_parquet = (self._rows >= 0) & (self._offsets < 0)
-        self._in_memory = int(plan.sizes[self._in_parquet].sum()) <= in_memory_limit
+        self._in_memory = int(self._sizes[self._in_parquet].sum()) <= in_memory_limit
         self._root = open_root(plan.root)
         self._parquet = ParquetImages(self._root, self._in_memory)
 
@@ -181,7 +182,7 @@ class ImageReader:
         if row < 0:
             return self._read_plain(path)
         key = self.plan.table["key"][index].as_py()
-        offset, size = int(self._offsets[index]), int(self.plan.sizes[index])
+        offset, size = int(self._offsets[index]), int(self._sizes[index])
         return read_from_tar(self._root, key, path, offset, size)
 
     def _read_plain(self, path: str) -> bytes:
