@@ -1,15 +1,18 @@
 """Data sets whose files hold many images each: Parquet files, or WebDataset tars."""
 
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..errors import MissingError, SettingError
 from .data_root import DataRoot
-from .plan import Plan, make_plan
+from .lookahead import done_ahead
+from .plan import Plan
+from .plan_rows import listed_rows, sorted_rows
 from .splits import Split, chosen_of, split_in, split_named
 
 _LISTING_THREADS = 8
@@ -23,8 +26,8 @@ class ArchiveIndex(NamedTuple):
     """Bytes of each encoded image, (n,)."""
     labels: NDArray[np.int64]
     """Class of each image, -1 for none, (n,)."""
-    members: list[str] | None = None
-    """Name of each image in a tar; None in Parquet, where rows have no names."""
+    members: pa.Array | None = None
+    """Name of each image in a tar, strings (n,); None in Parquet, where rows have no names."""
     offsets: NDArray[np.int64] | None = None
     """Where each image begins in a tar, (n,)."""
 
@@ -74,28 +77,30 @@ def plan_of_archives(
     """
     chosen = chosen_of(root.root, split, list(files), split_in)
     others = sorted({*files} - {*chosen})
-    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        found = list(pool.map(lambda path: index(root, path), chosen))
-        # Labels of the other splits count too: class names must be those of every split.
-        labels = [f.labels for f in found] + list(pool.map(lambda p: labels_of(root, p), others))
-    counts = [len(part.sizes) for part in found]
-    if sum(counts) == 0:
+    most = -1
+
+    def pieces() -> Iterator[pa.Table]:
+        nonlocal most
+        indices = done_ahead(partial(index, root), chosen, _LISTING_THREADS)
+        for path, found in zip(chosen, indices, strict=True):
+            most = max(most, int(found.labels.max(initial=-1)))
+            count = len(found.sizes)
+            paths = pa.repeat(pa.scalar(path, pa.string()), count)
+            numbers = np.arange(count)
+            yield listed_rows(
+                paths, numbers, found.sizes, found.labels, found.members, found.offsets
+            )
+
+    rows = sorted_rows(pieces())
+    # Labels of the other splits count too: class names must be those of every split.
+    for labels in done_ahead(partial(labels_of, root), others, _LISTING_THREADS):
+        most = max(most, int(labels.max(initial=-1)))
+    if not rows.num_rows:
         raise MissingError(
             f"{root.root} holds no images for split {split}: its {len(chosen)} files "
             f"({chosen[0]} first) are empty"
         )
-    most = max(int(part.max(initial=-1)) for part in labels)
-    named = found[0].members is not None
-    return make_plan(
-        root.root,
-        paths=np.repeat(np.array(chosen, dtype=object), counts),
-        rows=np.concatenate([np.arange(count) for count in counts]),
-        sizes=np.concatenate([part.sizes for part in found]),
-        labels=np.concatenate([part.labels for part in found]),
-        class_names=_named_classes(root, files, most + 1),
-        members=[name for part in found for name in part.members or ()] if named else None,
-        offsets=np.concatenate([part.offsets for part in found]) if named else None,
-    )
+    return Plan(root.root, rows, tuple(_named_classes(root, files, most + 1)))
 
 
 def require_classes(labels: NDArray[np.int64], what: str) -> None:

@@ -2,16 +2,16 @@
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from ..errors import MissingError
 from .data_root import DataRoot, FolderListing
-from .plan import Plan, make_plan
+from .lookahead import done_ahead
+from .plan import Plan
+from .plan_rows import listed_rows, sorted_rows
 from .remote import open_root
 from .splits import Split, chosen_of, split_named
 
@@ -22,6 +22,10 @@ IMAGE_EXTENSIONS = frozenset(
 
 # Where folders lie on a server, waiting is all the cost.
 _LISTING_THREADS = 16
+
+# The root and the folders of splits and classes are looked at more than once; to keep the listings
+# of all folders would be to keep all images in memory.
+_KEPT_LISTINGS = 16
 
 _Scan = Callable[[str], FolderListing]
 
@@ -57,24 +61,21 @@ def plan_of_folder(root: DataRoot, split: Split) -> Plan:
     classes = {home: _class_folders(scan, home) for home in homes}
     class_names = sorted(set().union(*classes.values()), key=os.fsencode)
     number = {name: label for label, name in enumerate(class_names)}
-    found = [
-        (number.get(_class_of(folder, classes), -1), listing)
+    rows = sorted_rows(
+        listed_rows(
+            listing.files,
+            rows=np.full(len(listing.files), -1),
+            sizes=listing.sizes,
+            labels=np.full(len(listing.files), number.get(_class_of(folder, classes), -1)),
+        )
         for start in ([""] if split == "all" else chosen)
         for folder, listing in _walk(scan, start)
         if len(listing.files)
-    ]
-    if not found:
+    )
+    if not rows.num_rows:
         endings = " ".join(sorted(IMAGE_EXTENSIONS))
         raise MissingError(f"{root.root} holds no images for split {split}: looked for {endings}")
-    counts = [len(listing.files) for _, listing in found]
-    return make_plan(
-        root.root,
-        paths=pa.chunked_array([listing.files for _, listing in found]),
-        rows=np.full(sum(counts), -1),
-        sizes=np.concatenate([listing.sizes for _, listing in found]),
-        labels=np.repeat([label for label, _ in found], counts),
-        class_names=class_names,
-    )
+    return Plan(root.root, rows, tuple(class_names))
 
 
 def holds_images(root: DataRoot) -> bool:
@@ -83,8 +84,8 @@ def holds_images(root: DataRoot) -> bool:
 
 
 def _scanner(root: DataRoot) -> _Scan:
-    """Lists folders; each is asked for once."""
-    return cache(partial(root.scan, endings=IMAGE_EXTENSIONS))
+    """Lists folders; the last ones are remembered."""
+    return lru_cache(_KEPT_LISTINGS)(partial(root.scan, endings=IMAGE_EXTENSIONS))
 
 
 def _split_folders(scan: _Scan) -> list[str]:
@@ -107,16 +108,15 @@ def _class_of(folder: str, classes: dict[str, set[str]]) -> str:
 def _walk(scan: _Scan, start: str) -> Iterator[tuple[str, FolderListing]]:
     """Each folder from ``start`` down, level by level, with what it holds."""
     level = [_Folder(start, frozenset())]
-    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        while level:
-            below: list[_Folder] = []
-            paths = [folder.path for folder in level]
-            for folder, listing in zip(level, pool.map(scan, paths), strict=True):
-                here = listing.identity
-                if here is not None and here in folder.above:
-                    continue  # a link to a folder above would go round for ever
-                yield folder.path, listing
-                above = folder.above | ({here} if here is not None else set())
-                prefix = f"{folder.path}/" if folder.path else ""
-                below += [_Folder(prefix + name, above) for name in listing.folders]
-            level = below
+    while level:
+        below: list[_Folder] = []
+        listings = done_ahead(scan, (folder.path for folder in level), _LISTING_THREADS)
+        for folder, listing in zip(level, listings, strict=True):
+            here = listing.identity
+            if here is not None and here in folder.above:
+                continue  # a link to a folder above would go round for ever
+            yield folder.path, listing
+            above = folder.above | ({here} if here is not None else set())
+            prefix = f"{folder.path}/" if folder.path else ""
+            below += [_Folder(prefix + name, above) for name in listing.folders]
+        level = below

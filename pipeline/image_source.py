@@ -96,7 +96,7 @@ class ImageSource:
             print(f"skipped {self._key(position)}: {bad}", file=sys.stderr, flush=True)
 
     def _key(self, position: int) -> str:
-        return str(self.plan.table["key"][int(self.rows[position])])
+        return self.plan.key(int(self.rows[position]))
 
 
 def drawn(count: int, wanted: int, seed: int) -> NDArray[np.int64]:

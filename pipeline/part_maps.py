@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from ..errors import MismatchError, MissingError
 from ..storage.part_store import PartStore
 from .plan import Plan
+from .plan_matching import MATCHED, matches_of
 
 
 class PartMaps:
@@ -54,24 +55,30 @@ def join_store(plan: Plan, store: PartStore) -> tuple[NDArray[np.int64], NDArray
         MismatchError: The store lacks an image of the plan, or holds it with another size.
         MissingError: The store found not one of the images good.
     """
-    stored = store.plan()
-    sizes = stored["bytes"].to_numpy()
-    place = {key: row for row, key in enumerate(stored["key"].to_pylist())}
-    rows = np.array([place.get(key, -1) for key in plan.keys], dtype=np.int64)
-    if (rows < 0).any():
-        first = plan.keys[int((rows < 0).argmax())]
-        raise MismatchError(
-            f"{store.path} was made from other images: it lacks {(rows < 0).sum()} of {len(plan)} "
-            f"in {plan.root}, {first} first; run extract-parts on this data into a new store"
-        )
-    changed = sizes[rows] != plan.sizes
-    if changed.any():
-        first = plan.keys[int(changed.argmax())]
-        raise MismatchError(
-            f"{changed.sum()} of {len(plan)} images in {plan.root} have changed since {store.path} "
-            f"was made, {first} first; run extract-parts on this data into a new store"
-        )
+    if plan.fingerprint == store.identity.plan_fingerprint:
+        rows = np.arange(len(plan))
+    else:
+        rows = _found_by_key(plan, store)
     good = store.ok()[rows]
     if not good.any():
         raise MissingError(f"{store.path} holds not one good image of {plan.root}")
     return np.flatnonzero(good), rows[good]
+
+
+def _found_by_key(plan: Plan, store: PartStore) -> NDArray[np.int64]:
+    """The row in the store of each image of a plan, (N,)."""
+    rows, sizes = matches_of(plan.tables(MATCHED), store.plan_tables(), len(plan))
+    if (rows < 0).any():
+        first = plan.key(int((rows < 0).argmax()))
+        raise MismatchError(
+            f"{store.path} was made from other images: it lacks {(rows < 0).sum()} of {len(plan)} "
+            f"in {plan.root}, {first} first; run extract-parts on this data into a new store"
+        )
+    changed = sizes != plan.sizes
+    if changed.any():
+        first = plan.key(int(changed.argmax()))
+        raise MismatchError(
+            f"{changed.sum()} of {len(plan)} images in {plan.root} have changed since {store.path} "
+            f"was made, {first} first; run extract-parts on this data into a new store"
+        )
+    return rows

@@ -13,23 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-#: One row an image. ``path`` is relative to the root, with ``/``; ``row`` is the row in a Parquet
-#: file or the position among the images of a tar, -1 for a plain file; ``offset`` is where the
-#: encoded image begins in its tar, -1 elsewhere; ``bytes`` the size of the encoded image; ``label``
-#: -1 where none is.
-PLAN_SCHEMA = pa.schema(
-    [
-        pa.field("index", pa.int64(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("offset", pa.int64(), nullable=False),
-        pa.field("bytes", pa.int64(), nullable=False),
-        pa.field("label", pa.int64(), nullable=False),
-    ]
-)
+from .plan_rows import PLAN_SCHEMA, TABLE_ROWS, FiledRows
+
+__all__ = ["PLAN_SCHEMA", "Plan", "plan_of_rows"]
 
 # Part of what is hashed: a change of the layout below must change every fingerprint.
 _FINGERPRINT_LAYOUT = b"semmae plan 1"
@@ -41,41 +29,82 @@ class Plan:
 
     Args:
         root: Folder or URL that the paths are relative to; not part of the fingerprint.
-        table: The rows, of `PLAN_SCHEMA`, ``index`` counting from 0.
+        rows: The rows, of `PLAN_SCHEMA`, ``index`` counting from 0; in a file where they are many
+            (`plan_rows.sorted_rows`).
         class_names: Name of each label, in label order; empty where there are no labels.
 
     Raises:
-        ValueError: The table has another schema, is out of order, holds an image twice, or a label
+        ValueError: The rows have another schema, are out of order, hold an image twice, or a label
             has no name.
     """
 
     root: str
-    table: pa.Table
+    rows: pa.Table | FiledRows
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.table.schema.equals(PLAN_SCHEMA):
+        if not self.rows.schema.equals(PLAN_SCHEMA):
             raise ValueError(
-                f"a plan's table needs the schema\n{PLAN_SCHEMA}\nbut has\n{self.table.schema}"
+                f"a plan's table needs the schema\n{PLAN_SCHEMA}\nbut has\n{self.rows.schema}"
             )
-        if not np.array_equal(self._numbers("index"), np.arange(len(self))):
+        before = PLAN_SCHEMA.empty_table()
+        start = 0
+        for table in self.tables():
+            self._check(table, before, start)
+            before = table.slice(table.num_rows - 1)
+            start += table.num_rows
+
+    def _check(self, table: pa.Table, before: pa.Table, start: int) -> None:
+        """Refuse rows that cannot follow the one before, or begin a plan where that is none."""
+        if not np.array_equal(table["index"], np.arange(start, start + table.num_rows)):
             raise ValueError("a plan's index must count its rows from 0 in order")
-        position = _first_disorder(self.table)
+        joined = pa.concat_tables([before, table])
+        position = _first_disorder(joined)
         if position is not None:
             raise ValueError(
-                f"a plan must be in ascending order of path and row: {self.keys[position]!r} "
-                f"stands before {self.keys[position + 1]!r}"
+                "a plan must be in ascending order of path and row: "
+                f"{joined['key'][position].as_py()!r} stands before "
+                f"{joined['key'][position + 1].as_py()!r}"
             )
-        wrong = (self.labels < -1) | (self.labels >= len(self.class_names))
+        labels = table["label"].to_numpy()
+        wrong = (labels < -1) | (labels >= len(self.class_names))
         if wrong.any():
             position = int(wrong.argmax())
             raise ValueError(
-                f"label {self.labels[position]} of {self.keys[position]!r} is not within -1 (none) "
-                f"to {len(self.class_names) - 1}, the last of {len(self.class_names)} class names"
+                f"label {labels[position]} of {table['key'][position].as_py()!r} is not within -1 "
+                f"(none) to {len(self.class_names) - 1}, the last of {len(self.class_names)} class "
+                "names"
             )
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return int(self.rows.num_rows)
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """All rows in memory, about 120 bytes an image."""
+        return self.rows if isinstance(self.rows, pa.Table) else pa.concat_tables(self.rows)
+
+    def tables(self, columns: Sequence[str] | None = None) -> Sequence[pa.Table]:
+        """The rows in order, `TABLE_ROWS` at a time, in the memory of one such table.
+
+        Args:
+            columns: Those wanted; None for all.
+        """
+        rows = self.rows if columns is None else self.rows.select(columns)
+        if isinstance(rows, FiledRows):
+            return rows
+        return [rows.slice(start, TABLE_ROWS) for start in range(0, len(self), TABLE_ROWS)]
+
+    def take(self, rows: NDArray[np.int64]) -> pa.Table:
+        """Some rows of the plan, ascending int64."""
+        if isinstance(self.rows, FiledRows):
+            return self.rows.take(rows)
+        return self.rows.take(pa.array(rows))
+
+    def key(self, row: int) -> str:
+        """Key of one image."""
+        key: str = self.take(np.array([row]))["key"][0].as_py()
+        return key
 
     @property
     def keys(self) -> NDArray[np.object_]:
@@ -83,7 +112,7 @@ class Plan:
 
         Str objects of shape (N,).
         """
-        keys: NDArray[np.object_] = self.table["key"].to_numpy()
+        keys: NDArray[np.object_] = self.rows.column("key").to_numpy()
         return keys
 
     @property
@@ -96,99 +125,56 @@ class Plan:
         """Bytes of each encoded image; int64 of shape (N,)."""
         return self._numbers("bytes")
 
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all encoded images."""
+        return sum(int(table["bytes"].to_numpy().sum()) for table in self.tables(["bytes"]))
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (64 hex digits) over key, bytes and label of all rows in order.
 
-        It does not depend on where the root lies, on offsets, nor on how the table is chunked.
+        It does not depend on where the root lies, on offsets, nor on how the rows are kept.
         """
         digest = hashlib.sha256(_FINGERPRINT_LAYOUT)
-        keys = self.table["key"].combine_chunks().cast(pa.large_binary())
-        ends = np.frombuffer(keys.buffers()[1], dtype="<i8")[keys.offset :][: len(keys) + 1]
-        lengths = np.diff(ends)
-        for numbers in (np.array([len(self)]), lengths, self.sizes, self.labels):
-            digest.update(np.ascontiguousarray(numbers, dtype="<i8"))
-        if lengths.sum() > 0:
-            digest.update(memoryview(keys.buffers()[2])[ends[0] : ends[-1]])
+        digest.update(_hashed(len(self)))
+        for column, content in (
+            ("key", lambda keys: _hashed(pc.binary_length(keys))),
+            ("bytes", _hashed),
+            ("label", _hashed),
+            ("key", _characters),
+        ):
+            for table in self.tables([column]):
+                digest.update(content(table[column].combine_chunks()))
         return digest.hexdigest()
 
     def _numbers(self, column: str) -> NDArray[np.int64]:
-        numbers: NDArray[np.int64] = self.table[column].to_numpy()
+        numbers: NDArray[np.int64] = self.rows.column(column).to_numpy()
         return numbers
 
 
-def make_plan(
-    root: str,
-    *,
-    paths: Sequence[str] | NDArray[np.object_] | pa.Array | pa.ChunkedArray,
-    rows: ArrayLike,
-    sizes: ArrayLike,
-    labels: ArrayLike,
-    class_names: Sequence[str] = (),
-    members: Sequence[str] | pa.Array | pa.ChunkedArray | None = None,
-    offsets: ArrayLike | None = None,
-) -> Plan:
-    """Sort and number images into a plan.
+def _hashed(numbers: Any) -> NDArray[np.int64]:
+    """Integers as they are hashed: 64 bits each, little-endian."""
+    return np.ascontiguousarray(numbers, dtype="<i8")
 
-    Args:
-        root: Folder or URL that the paths are relative to.
-        paths: File of each image, relative to ``root``, with ``/``; N of them in any order.
-        rows: Row in its Parquet file, or position in its tar, of each image, -1 for a plain file;
-            integers of shape (N,).
-        sizes: Bytes of each encoded image; integers of shape (N,).
-        labels: Class of each image, -1 for none; integers of shape (N,).
-        class_names: Name of each label.
-        members: Name of each image in its tar; None where there are no tars.
-        offsets: Where each image begins in its tar, integers of shape (N,); with ``members``.
 
-    Returns:
-        The plan, in bytewise order of paths, then of rows.
-
-    Raises:
-        UnicodeEncodeError: A path is not text that UTF-8 can hold.
-        ValueError: An image is there twice, or a label has no name.
-    """
-    columns: dict[str, Any] = {
-        "path": _strings(paths),
-        "row": np.asarray(rows, dtype=np.int64),
-        "bytes": np.asarray(sizes, dtype=np.int64),
-        "label": np.asarray(labels, dtype=np.int64),
-    }
-    if members is None:
-        columns["offset"] = np.full(len(columns["row"]), -1, dtype=np.int64)
-    else:
-        columns["offset"] = np.asarray(offsets, dtype=np.int64)
-        columns["member"] = _strings(members)
-    table = pa.table(columns)
-    table = table.sort_by([("path", "ascending"), ("row", "ascending")]).combine_chunks()
-    inside = table["row"].cast(pa.string()) if members is None else table["member"]
-    columns = {name: table[name] for name in table.column_names}
-    columns["index"] = np.arange(table.num_rows, dtype=np.int64)
-    columns["key"] = pc.if_else(
-        pc.less(table["row"], 0),
-        table["path"],
-        pc.binary_join_element_wise(table["path"], inside, "#"),
-    )
-    ordered = [columns[name] for name in PLAN_SCHEMA.names]
-    return Plan(root, pa.table(ordered, schema=PLAN_SCHEMA), tuple(class_names))
+def _characters(strings: pa.Array) -> memoryview:
+    """The bytes of strings, one after another."""
+    _, ends, characters = strings.buffers()
+    first, last = np.frombuffer(ends, "<i4")[[strings.offset, strings.offset + len(strings)]]
+    return memoryview(characters)[first:last] if last > first else memoryview(b"")
 
 
 def plan_of_rows(root: str, table: pa.Table, class_names: Sequence[str]) -> Plan:
-    """A plan of some neighbouring rows of another, numbered from 0.
+    """A plan of some rows of another, in its order, numbered from 0.
 
     Args:
         root: Folder that the paths are relative to.
         table: The rows, of `PLAN_SCHEMA`, in order.
-        class_names: Name of each label.
+        class_names: Name of each class.
     """
     numbers = pa.array(np.arange(table.num_rows, dtype=np.int64))
     return Plan(root, table.set_column(0, PLAN_SCHEMA.field("index"), numbers), tuple(class_names))
-
-
-def _strings(values: Any) -> pa.Array | pa.ChunkedArray:
-    return (
-        values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, pa.string())
-    )
 
 
 def _first_disorder(table: pa.Table) -> int | None:

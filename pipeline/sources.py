@@ -134,11 +134,14 @@ class ImageReader:
     def __init__(self, plan: Plan, in_memory_limit: int = 2 << 30) -> None:
         self.plan = plan
         self._limit = in_memory_limit
-        self._paths = plan.table["path"].combine_chunks()
-        self._rows = plan.table["row"].to_numpy()
-        self._offsets = plan.table["offset"].to_numpy()
+        # Only what reading needs: a long plan stays in its file.
+        self._paths = plan.rows.column("path")
+        self._rows = plan.rows.column("row").to_numpy()
+        self._offsets = plan.rows.column("offset").to_numpy()
+        self._keys = plan.rows.column("key") if (self._offsets >= 0).any() else None
+        self._sizes = plan.sizes
         self._in_parquet = (self._rows >= 0) & (self._offsets < 0)
-        self._in_memory = int(plan.sizes[self._in_parquet].sum()) <= in_memory_limit
+        self._in_memory = int(self._sizes[self._in_parquet].sum()) <= in_memory_limit
         self._root = open_root(plan.root)
         self._parquet = ParquetImages(self._root, self._in_memory)
 
@@ -178,10 +181,10 @@ class ImageReader:
         path, row = self._paths[index].as_py(), int(self._rows[index])
         if self._in_parquet[index]:
             return self._parquet.read(path, row)
-        if row < 0:
+        if self._keys is None or row < 0:
             return self._read_plain(path)
-        key = self.plan.table["key"][index].as_py()
-        offset, size = int(self._offsets[index]), int(self.plan.sizes[index])
+        key = self._keys[index].as_py()
+        offset, size = int(self._offsets[index]), int(self._sizes[index])
         return read_from_tar(self._root, key, path, offset, size)
 
     def _read_plain(self, path: str) -> bytes:

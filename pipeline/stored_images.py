@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from ..errors import MismatchError
 from ..storage.part_store import PartStore
 from .plan import PLAN_SCHEMA, Plan
+from .plan_matching import MATCHED, matches_of
 from .sources import list_images
 
 
@@ -24,17 +24,15 @@ def store_images(store: PartStore, data: str | Path) -> Plan:
     """
     held = list_images(data)
     table = store.plan()
-    place_of = {key: place for place, key in enumerate(held.keys)}
-    keys = table["key"].to_pylist()
-    places = np.array([place_of.get(key, -1) for key in keys], dtype=np.int64)
-    other = (places < 0) | (held.sizes[places] != table["bytes"].to_numpy())
+    places, sizes = matches_of([table], held.tables(MATCHED), len(table))
+    other = sizes != table["bytes"].to_numpy()
     if other.any():
         first = int(other.argmax())
         fault = "is not there" if places[first] < 0 else "has another size"
         raise MismatchError(
             f"{store.path} was made from other images than {held.root} holds: "
-            f"{int(other.sum())} of its {len(keys)} are missing or have changed, the first, "
-            f"{keys[first]}, {fault}; give --data the images that the store was made from"
+            f"{int(other.sum())} of its {len(table)} are missing or have changed, the first, "
+            f"{table['key'][first]}, {fault}; give --data the images that the store was made from"
         )
     # A tar that was packed anew holds the same images at other places.
     offset = PLAN_SCHEMA.get_field_index("offset")

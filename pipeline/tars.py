@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..errors import DamageError, MissingError, SettingError, UserError
@@ -103,7 +104,10 @@ def index_of_tar(root: DataRoot, path: str) -> ArchiveIndex:
     classes = np.array(labels, dtype=np.int64)
     require_classes(classes, f"the classes of {place}")
     return ArchiveIndex(
-        np.array(sizes, dtype=np.int64), classes, members, np.array(offsets, dtype=np.int64)
+        np.array(sizes, dtype=np.int64),
+        classes,
+        pa.array(members, pa.string()),
+        np.array(offsets, dtype=np.int64),
     )
 
 

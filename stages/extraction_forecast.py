@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from ..errors import DamageError, MissingError
 from ..pipeline.cluster import Workers, open_workers
@@ -54,7 +53,7 @@ def forecast_extraction(options: ExtractPartsOptions) -> dict[str, Any]:
     a_shard = max(whole.bytes - whole.images * an_image, 0)
     size = len(plan) * an_image + identity.shards * a_shard
     return {
-        "images": f"{len(plan)}, {plan.sizes.sum() / 1e9:.2f} GB encoded",
+        "images": f"{len(plan)}, {plan.total_bytes / 1e9:.2f} GB encoded",
         "done already": done,
         "shards": f"{identity.shards} of {identity.shard_size} images",
         "part map": f"{identity.grid[0]} x {identity.grid[1]}, {identity.parts} parts",
@@ -70,7 +69,7 @@ def forecast_extraction(options: ExtractPartsOptions) -> dict[str, Any]:
 def _images_done(output: Path, identity: StoreIdentity, plan: Plan) -> int:
     """Images of the shards that the store has already; one of another identity is refused."""
     try:
-        same_set_up(output, identity, plan.table, plan.class_names)
+        same_set_up(output, identity, plan.tables(), plan.class_names)
         shards = committed_shards(output)
     except (MissingError, DamageError):
         return 0
@@ -92,7 +91,7 @@ def _measured(
     count = min(SAMPLED[identity.device_type], len(plan))
     # Spread over the data set, so that no class decides.
     rows = np.unique(np.linspace(0, len(plan) - 1, count).astype(np.int64))
-    sample = plan_of_rows(plan.root, plan.table.take(pa.array(rows)), plan.class_names)
+    sample = plan_of_rows(plan.root, plan.take(rows), plan.class_names)
     settings = dataclasses.replace(worker_settings(options, plan, workers), update=None)
     work = functools.partial(_try_out, settings, identity, sample)
     found: tuple[_Tried, _Tried] = work() if options.address is None else workers.once(work)
@@ -121,7 +120,7 @@ def _extracted(settings: WorkerSettings, identity: StoreIdentity, plan: Plan) ->
     )
     with tempfile.TemporaryDirectory(prefix="semmae-") as folder:
         output = Path(folder) / "store"
-        create_store(output, few, plan.table, plan.class_names)
+        create_store(output, few, plan.tables(), plan.class_names)
         worker = ExtractionWorker(dataclasses.replace(settings, output=output))
         worker(0)  # warms up
         seconds = sum(worker(0)["seconds"].values())

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..errors import MismatchError
 from ..pipeline.plan import Plan
+from ..pipeline.plan_matching import MATCHED, matches_of
 from ..storage.files import atomic_file
 from ..storage.part_identity import StoreIdentity
 from ..storage.part_store import PartStore
@@ -66,11 +66,8 @@ def find_previous(old: PartStore, plan: Plan, output: Path) -> int:
     Returns:
         How many there are.
     """
-    before = old.plan()
-    place = pc.index_in(plan.table["key"], value_set=before["key"].combine_chunks())
-    rows = pc.fill_null(place, -1).to_numpy().astype(np.int64)
-    same = before["bytes"].to_numpy()[rows] == plan.sizes
-    rows[~same] = -1
+    rows, sizes = matches_of(plan.tables(MATCHED), old.plan_tables(), len(plan))
+    rows[sizes != plan.sizes] = -1
     with atomic_file(_place(output, old.fingerprint)) as temporary, temporary.open("wb") as file:
         np.save(file, rows)
     return int((rows >= 0).sum())

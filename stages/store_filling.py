@@ -126,7 +126,7 @@ def fill_store(
         SettingError: Not one image can be read, or the output holds other things.
         DamageError: A finished shard was damaged meanwhile.
     """
-    create_store(options.output, identity, plan.table, plan.class_names)
+    create_store(options.output, identity, plan.tables(), plan.class_names)
     # What an earlier run left may have been altered since; what is damaged is done again.
     if damaged := damaged_shards(options.output):
         uncommit(options.output, damaged)

@@ -45,15 +45,23 @@ META_SCHEMA = pa.schema(
 """Columns of ``meta/``: explicit, since a shard without errors would otherwise type them null."""
 
 
+MOST_SHARDS = 100_000
+"""Shards of a store, at most: their names have five digits, and sort by them."""
+
+
 def shard_size_for(images: int) -> int:
     """Images a shard: the power of two nearest to ``images / 160``, within [32, 8192].
 
-    It depends on the data alone, never on the workers, since it belongs to the identity of a store.
+    Where that gives more than `MOST_SHARDS`, it is doubled until it does not.  It depends on the
+    data alone, never on the workers, since it belongs to the identity of a store.
 
     Args:
         images: Images of the plan, N.
     """
-    return min((1 << power for power in range(5, 14)), key=lambda size: abs(images - 160 * size))
+    size = min((1 << power for power in range(5, 14)), key=lambda size: abs(images - 160 * size))
+    while size * MOST_SHARDS < images:
+        size *= 2
+    return size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@
 Legend: N images, H attention heads, P parts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,21 @@ def plan_table(
     found = [decode_table(read_checked(path / n, objects[n])) for n in names[first:last]]
     length = None if stop is None else stop - start
     return pa.concat_tables(found).slice(start - first * rows, length)
+
+
+def plan_tables(path: Path, plan: Mapping[str, Any]) -> Iterator[pa.Table]:
+    """The file plan of a store as tables in index order, in the memory of one of its files.
+
+    Args:
+        path: Folder of a store that was set up; it need not be complete.
+        plan: Its record ``plan.json``.
+
+    Raises:
+        DamageError: A file of the plan is not what was written.
+    """
+    objects = plan["objects"]
+    for name in sorted(name for name in objects if name.startswith("plan/")):
+        yield decode_table(read_checked(path / name, objects[name]))
 
 
 def read_commit(path: Path, identity: StoreIdentity, shard: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import stat
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from .part_records import (
     decode_table,
     meta_name,
     plan_table,
+    plan_tables,
     read_commit,
     read_set_up,
 )
@@ -103,6 +104,14 @@ class PartStore:
             DamageError: A file of it is not what was written.
         """
         return plan_table(self.path, self._plan)
+
+    def plan_tables(self) -> Iterator[pa.Table]:
+        """The file plan as tables in index order, in the memory of one of its files.
+
+        Raises:
+            DamageError: A file of it is not what was written.
+        """
+        return plan_tables(self.path, self._plan)
 
     def meta(
         self, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None

@@ -37,11 +37,12 @@ from .part_records import (
     image_cache_name,
     meta_name,
     object_names,
-    plan_table,
+    plan_tables,
     read_set_up,
 )
 from .part_shards import ShardCodec, array_metadata, array_specs, checked_array, checked_meta
 from .plan_changes import plan_changes
+from .table_streams import in_lengths
 
 _PLAN_ROWS = 1 << 16
 """Rows of the plan in one file: a worker reads the file of its shard, which lies in it whole."""
@@ -78,7 +79,10 @@ def _clear_leftovers(path: Path) -> None:
 
 
 def create_store(
-    path: Path, identity: StoreIdentity, plan: pa.Table, class_names: Sequence[str] = ()
+    path: Path,
+    identity: StoreIdentity,
+    plan: pa.Table | Iterable[pa.Table],
+    class_names: Sequence[str] = (),
 ) -> None:
     """Set up a store, or find that the same one is there already and can be gone on with.
 
@@ -87,7 +91,8 @@ def create_store(
     Args:
         path: Folder of the store; made if absent.
         identity: What the store is to hold.
-        plan: One row an image in index order, ``identity.images`` rows.
+        plan: One row an image in index order, ``identity.images`` rows: a table, or tables that
+            can be gone through more than once.
         class_names: Name of each class; empty without classes.
 
     Raises:
@@ -96,29 +101,29 @@ def create_store(
         DamageError: The record ``plan.json`` is damaged, and nothing vouches that it was this one.
         UserError: The system refused a write.
     """
-    if plan.num_rows != identity.images:
-        raise MismatchError(f"the plan has {plan.num_rows} rows for {identity.images} images")
+    tables = [plan] if isinstance(plan, pa.Table) else plan
     if path.exists() and not path.is_dir():
         raise SettingError(f"{path} is a file; name a folder as --output")
     begun = (path / "plan.json").is_file()
     have = None
     if begun:
         with contextlib.suppress(DamageError):
-            have = same_set_up(path, identity, plan, class_names)
+            have = same_set_up(path, identity, tables, class_names)
         if have and not any(damage_of(path / n, o) for n, o in have["objects"].items()):
             return
     elif path.exists():
         _clear_leftovers(path)
-    objects = {f"parts.zarr/{name}": data for name, data in array_metadata(identity).items()}
-    for number, start in enumerate(range(0, plan.num_rows, _PLAN_ROWS)):
-        objects[f"plan/part-{number:05d}.parquet"] = encode_table(plan.slice(start, _PLAN_ROWS))
-    described = {name: describe(data) for name, data in objects.items()}
-    want = _wanted(identity, class_names)
-    record = {"version": VERSION, **want, "plan_rows": _PLAN_ROWS, "objects": described}
-    sealed = encode_json(record)
+
+    def sealed(described: Mapping[str, Any]) -> bytes:
+        record = {"version": VERSION, **_wanted(identity, class_names)}
+        return encode_json({**record, "plan_rows": _PLAN_ROWS, "objects": described})
+
     if begun and not have:
-        _refuse_unless_vouched(path, zlib.crc32(sealed))
-    for name, data in objects.items():
+        objects = _set_up_objects(identity, tables)
+        _refuse_unless_vouched(path, zlib.crc32(sealed({n: describe(d) for n, d in objects})))
+    described = {}
+    for name, data in _set_up_objects(identity, tables):
+        described[name] = describe(data)
         wanted = have["objects"][name] if have else described[name]
         wrong = damage_of(path / name, wanted)
         if wrong and wanted != described[name]:
@@ -129,18 +134,32 @@ def create_store(
         if wrong:
             write_atomically(path / name, data)
     if not have:
-        write_atomically(path / "plan.json", sealed)
+        write_atomically(path / "plan.json", sealed(described))
+
+
+def _set_up_objects(
+    identity: StoreIdentity, tables: Iterable[pa.Table]
+) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the arrays' metadata and of the files of the plan, one after another."""
+    for name, data in array_metadata(identity).items():
+        yield f"parts.zarr/{name}", data
+    rows = 0
+    for number, table in enumerate(in_lengths(tables, _PLAN_ROWS)):
+        rows += table.num_rows
+        yield f"plan/part-{number:05d}.parquet", encode_table(table)
+    if rows != identity.images:
+        raise MismatchError(f"the plan has {rows} rows for {identity.images} images")
 
 
 def same_set_up(
-    path: Path, identity: StoreIdentity, plan: pa.Table, class_names: Sequence[str]
+    path: Path, identity: StoreIdentity, plan: Iterable[pa.Table], class_names: Sequence[str]
 ) -> dict[str, Any]:
     """The record ``plan.json`` of a store that was begun as it is wanted now.
 
     Args:
         path: Folder of the store.
         identity: What the store is to hold.
-        plan: One row an image in index order.
+        plan: One row an image in index order, as tables.
         class_names: Name of each class.
 
     Raises:
@@ -158,7 +177,7 @@ def same_set_up(
         return have
     way_out = "use the same ones to go on with it, or name another --output"
     if have["identity"]["plan_fingerprint"] != want["identity"]["plan_fingerprint"]:
-        different.append(f"images: {plan_changes(plan_table(path, have), plan)}")
+        different.append(f"images: {plan_changes(plan_tables(path, have), plan)}")
         way_out += "; `semmae stage1 extract-parts --update` takes over what stayed the same"
     raise MismatchError(
         f"the part store {path} was begun with other settings ({'; '.join(different)}); {way_out}"

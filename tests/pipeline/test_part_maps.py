@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from semmae.errors import MismatchError, MissingError
 from semmae.pipeline.part_maps import PartMaps, join_store
-from semmae.pipeline.plan import Plan, make_plan
+from semmae.pipeline.plan import Plan
+from semmae.pipeline.plan_rows import listed_rows, sorted_rows
 from semmae.storage.part_check import complete_store
 from semmae.storage.part_identity import META_SCHEMA, StoreIdentity
 from semmae.storage.part_store import PartStore
@@ -17,13 +18,9 @@ from semmae.storage.part_writer import create_store, write_shard
 
 def plan_of(names: list[str], sizes: list[int] | None = None) -> Plan:
     count = len(names)
-    return make_plan(
-        "/data",
-        paths=names,
-        rows=np.full(count, -1),
-        sizes=[10 + int(name, 36) for name in names] if sizes is None else sizes,
-        labels=np.full(count, -1),
-    )
+    sizes = [10 + int(name, 36) for name in names] if sizes is None else sizes
+    listed = listed_rows(names, np.full(count, -1), sizes, np.full(count, -1))
+    return Plan("/data", sorted_rows([listed]))
 
 
 def store_of(path: Path, plan: Plan, bad: set[str] | None = None) -> PartStore:

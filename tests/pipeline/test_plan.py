@@ -4,13 +4,13 @@ import struct
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semmae.pipeline.plan import PLAN_SCHEMA, Plan, make_plan
+from semmae.pipeline.plan import PLAN_SCHEMA, Plan
+from semmae.pipeline.plan_rows import listed_rows, sorted_rows
 
 Row = tuple[str, int, int, int]  # path, row, bytes, label
 
@@ -21,14 +21,8 @@ data_sets = st.lists(images, max_size=30, unique_by=lambda row: row[:2])
 
 def plan_of(rows: list[Row], root: str = "/data", classes: int = 5) -> Plan:
     paths, in_file, sizes, labels = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return make_plan(
-        root,
-        paths=list(paths),
-        rows=np.array(in_file, dtype=np.int64),
-        sizes=np.array(sizes, dtype=np.int64),
-        labels=np.array(labels, dtype=np.int64),
-        class_names=[f"class {label}" for label in range(classes)],
-    )
+    listed = listed_rows(list(paths), in_file, sizes, labels)
+    return Plan(root, sorted_rows([listed]), tuple(f"class {label}" for label in range(classes)))
 
 
 SMALL: list[Row] = [("b.jpg", -1, 7, 1), ("a.parquet", 10, 5, 0), ("a.parquet", 9, 6, -1)]
@@ -36,7 +30,7 @@ SMALL: list[Row] = [("b.jpg", -1, 7, 1), ("a.parquet", 10, 5, 0), ("a.parquet", 
 
 @settings(deadline=None)
 @given(data_sets)
-def test_make_plan__sorts_by_bytes_of_the_path_then_by_row(rows: list[Row]) -> None:
+def test_sorted_rows__go_by_bytes_of_the_path_then_by_row(rows: list[Row]) -> None:
     plan = plan_of(rows)
     expected = sorted(rows, key=lambda row: (row[0].encode(), row[1]))
     columns = plan.table.to_pydict()
@@ -106,13 +100,13 @@ def test_fingerprint__of_a_slice_is_that_of_its_rows() -> None:
     assert Plan("/data", sliced, ("class 0",)).fingerprint == plan_of(rows[2:]).fingerprint
 
 
-def test_make_plan__refuses_an_image_twice() -> None:
+def test_plan__refuses_an_image_twice() -> None:
     with pytest.raises(ValueError, match=r"'b.jpg' stands before 'b.jpg'"):
         plan_of([*SMALL, ("b.jpg", -1, 3, 0)])
 
 
 @pytest.mark.parametrize("label", [-2, 5])
-def test_make_plan__refuses_labels_without_a_name(label: int) -> None:
+def test_plan__refuses_labels_without_a_name(label: int) -> None:
     with pytest.raises(ValueError, match=rf"label {label} of 'a.jpg' is not within -1"):
         plan_of([("a.jpg", -1, 1, label)])
 
@@ -123,8 +117,8 @@ def test_plan__refuses_tables_that_are_not_a_plan() -> None:
     backwards = plan.table.take([2, 1, 0])
     renumbered = backwards.set_column(index, PLAN_SCHEMA.field(index), plan.table["index"])
     with pytest.raises(ValueError, match="index must count"):
-        replace(plan, table=backwards)
+        replace(plan, rows=backwards)
     with pytest.raises(ValueError, match="ascending order"):
-        replace(plan, table=renumbered)
+        replace(plan, rows=renumbered)
     with pytest.raises(ValueError, match="needs the schema"):
-        replace(plan, table=plan.table.drop_columns(["label"]))
+        replace(plan, rows=plan.table.drop_columns(["label"]))

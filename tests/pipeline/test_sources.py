@@ -1,4 +1,6 @@
 import os
+import weakref
+from collections.abc import Collection
 from io import BytesIO
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import pytest
 from PIL import Image
 
 from semmae.errors import MissingError, SettingError
+from semmae.pipeline import plan_rows
+from semmae.pipeline.data_root import FolderListing, LocalRoot
 from semmae.pipeline.decoding import BadImage, decode_image
 from semmae.pipeline.sources import IMAGE_EXTENSIONS, ImageReader, Split, list_images
 
@@ -187,3 +191,27 @@ def test_list_images__asks_to_rename_files_that_are_not_utf8(tmp_path: Path) -> 
         pytest.skip("this file system takes UTF-8 names only")
     with pytest.raises(SettingError, match="not UTF-8: rename it"):
         list_images(tmp_path)
+
+
+def test_list_images__keeps_few_folders_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders, most = 300, 0
+    for number in range(folders):
+        (tmp_path / f"{number:03d}").mkdir()
+        (tmp_path / f"{number:03d}" / "a.jpg").write_bytes(b"?" * number)
+    kept: list[weakref.ref[object]] = []
+    plain = LocalRoot.scan
+
+    def watched(root: LocalRoot, folder: str, endings: Collection[str]) -> FolderListing:
+        nonlocal most
+        listing = plain(root, folder, endings)
+        kept.append(weakref.ref(listing.sizes))
+        most = max(most, sum(sizes() is not None for sizes in kept))
+        return listing
+
+    monkeypatch.setattr(LocalRoot, "scan", watched)
+    monkeypatch.setattr(plan_rows, "RUN_ROWS", 10)
+    found = list_images(tmp_path)
+    assert found.sizes.tolist() == list(range(folders))
+    assert most < 100

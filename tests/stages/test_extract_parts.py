@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from semmae.errors import DamageError, MismatchError, SettingError
+from semmae.pipeline import plan, plan_rows
 from semmae.pipeline.cluster import Tell
 from semmae.stages import extract_parts as module
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
@@ -58,6 +59,24 @@ def test_extract_parts__ray_workers_write_the_same_bytes_as_none(
     assert {"images/00000.jpeg", "images/00002.jpeg"} <= here.keys()
     assert here.keys() == there.keys()
     assert [name for name in here if here[name] != there[name]] == []
+
+
+def test_extract_parts__of_a_plan_in_a_file_is_that_of_one_in_memory(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_rows, "RUN_ROWS", 20)
+    for place in (plan, plan_rows):
+        monkeypatch.setattr(place, "TABLE_ROWS", 8)
+    options = options_for(world, tmp_path / "store")
+    forecast = forecast_extraction(options)
+    assert forecast["images"].startswith("72, ")
+    extract_parts(options)
+    assert lasting_bytes(tmp_path / "store") == lasting_bytes(world.store)
+    assert forecast_extraction(options)["done already"] == 72
+    settings = pretrain_options(world, tmp_path, masking="semantic", parts=world.store)
+    fingerprint = pretraining_data(settings).fingerprint
+    monkeypatch.undo()
+    assert pretraining_data(settings).fingerprint == fingerprint
 
 
 def test_extract_parts__every_patch_of_every_image_has_a_part(world: World) -> None:

@@ -38,6 +38,14 @@ def test_shard_size_for__is_the_nearest_power_of_two(images: int) -> None:
 
 def test_shard_size_for__known_sizes() -> None:
     assert [shard_size_for(n) for n in (1, 5_000, 100_000, 1_281_167)] == [32, 32, 512, 8192]
+    assert [shard_size_for(n) for n in (10**8, 10**9, 10**10)] == [8192, 16384, 131072]
+
+
+@pytest.mark.parametrize("images", [819_200_000, 819_200_001, 10**9, 10**11])
+def test_shard_size_for__leaves_five_digits_to_name_shards(images: int) -> None:
+    identity = replace(IDENTITY, images=images, shard_size=shard_size_for(images))
+    assert identity.shards <= 100_000
+    assert identity.shard_size == 8192 or identity.shards > 50_000
 
 
 @given(images=st.integers(1, 5000), size=st.sampled_from([1, 32, 512, 1024]))

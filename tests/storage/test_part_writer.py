@@ -233,3 +233,25 @@ def test_write_shard__full_disk_is_a_clear_error(
     with pytest.raises(UserError, match="free some space"):
         write_shard(tmp_path, 0, *example.content(0))
     assert committed_shards(tmp_path) == set()
+
+
+def test_create_store__takes_the_plan_in_tables_of_any_length(
+    example: "Example", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part_writer, "_PLAN_ROWS", 10)
+    create_store(tmp_path / "whole", example.identity, example.plan)
+    whole = example.digests(tmp_path / "whole")
+    for rows in (3, 10, 42, 50):
+        tables = [example.plan.slice(start, rows) for start in range(0, 43, rows)]
+        path = tmp_path / f"tables of {rows}"
+        create_store(path, example.identity, tables)
+        assert example.digests(path) == whole
+        (path / "plan/part-00002.parquet").unlink()
+        create_store(path, example.identity, tables)
+        assert example.digests(path) == whole
+
+
+def test_create_store__refuses_a_plan_of_another_length(example: "Example", tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match="the plan has 42 rows for 43 images"):
+        create_store(tmp_path, example.identity, example.plan.slice(1))
+    assert not (tmp_path / "plan.json").exists()
