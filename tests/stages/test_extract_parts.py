@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from semmae.errors import DamageError, MismatchError, SettingError
-from semmae.pipeline.cluster import Tell
+from semmae.pipeline.watching import Tell
 from semmae.stages import extract_parts as module
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.extraction_forecast import forecast_extraction
