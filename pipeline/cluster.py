@@ -4,59 +4,28 @@ Ray carries shard numbers out and small records back, never pixels.  A worker is
 by a factory, so that this module knows no network; with no workers asked the caller's own process
 does the work and Ray is not imported.  Nor is torch imported with this module, so that an actor
 waits for no more than its worker needs.
+
+A cluster that grows by itself is waited for until all workers fit; any other refuses them.
 """
 
 import contextlib
 import json
 import logging
 import os
-import socket
 import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from .. import errors
 from ..errors import SettingError, UserError
+from .cluster_fitness import joining_refusal, node_report, refuse_address, refuse_unfit
+from .placement import Placement, refuse_crowd, room_for, share_of
+from .shard_worker import ShardActor, ShardWorker, sound
+from .watching import Tally, Watch, telling, watched
 
-Tell = Callable[[int], None]
-"""Says how many images of its shard a worker has done so far."""
-
-Watch = Callable[[Mapping[int, int]], None]
-"""Takes how many images of each shard are done; called now and then, from another thread."""
-
-WATCH_SECONDS = 2.0
-"""Seconds between two calls of a `Watch`."""
-
-_REFUSED, _BROKEN = "refused", "broken"
-"""Keys of a record that stands for what a worker raised: the user's to mend, or ours."""
-
-
-class ShardWorker(Protocol):
-    """Does the work of one shard after another."""
-
-    def __call__(self, shard: int, tell: Tell) -> Mapping[str, Any]:
-        """Do one shard; returns a small record of plain data."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where shards are worked on.
-
-    Attributes:
-        workers: Actors; 0 works in this process.
-        workers_per_gpu: Actors that share a GPU, where there are any.
-        address: Of a running Ray cluster; None starts Ray on this machine for the time of the call.
-        device: ``cuda`` places actors on GPUs, ``cpu`` on processors; ``auto`` takes GPUs where the
-            machine or the cluster has any.
-    """
-
-    workers: int
-    workers_per_gpu: int = 1
-    address: str | None = None
-    device: str = "auto"
+GROWTH_SECONDS = 10.0
+"""Seconds between two lines that tell of a growing cluster."""
 
 
 class Workers(Protocol):
@@ -89,6 +58,16 @@ class Workers(Protocol):
     def once(self, work: Callable[[], Any]) -> Any:
         """What a function returns, called once where a worker would be."""
 
+    def refuse_hidden(self, paths: Sequence[str | Path]) -> None:
+        """See that paths are there wherever a worker may be.
+
+        Args:
+            paths: Absolute paths, which this process sees.
+
+        Raises:
+            MissingError: A node of the cluster does not see one of them.
+        """
+
 
 @contextlib.contextmanager
 def open_workers(placement: Placement) -> Iterator[Workers]:
@@ -99,13 +78,16 @@ def open_workers(placement: Placement) -> Iterator[Workers]:
 
     Raises:
         SettingError: The machine or the cluster cannot place that many workers, or there is no
-            cluster at the address.
+            cluster at the address, or it asks for another token.
+        MissingError: semmae is not installed on a node of the cluster.
+        MismatchError: A node has another version of semmae or torch.
     """
     if placement.workers == 0:
         yield _Here(placement)
         return
     there = _ThisMachine(placement) if placement.address is None else _OnRay(placement)
     try:
+        there.open()
         yield there
     finally:
         there.close()
@@ -117,7 +99,8 @@ class _Here:
     def __init__(self, placement: Placement) -> None:
         from .options import choose_device
 
-        self.device_type = _kind(choose_device(placement.device).type)
+        on_gpu = choose_device(placement.device).type == "cuda"
+        self.device_type: Literal["cuda", "cpu"] = "cuda" if on_gpu else "cpu"
 
     def map(
         self,
@@ -127,11 +110,13 @@ class _Here:
     ) -> Iterator[dict[str, Any]]:
         worker = make_worker()
         for shard in shards:
-            tell = _tell_nobody if watch is None else _telling(watch, shard)
-            yield dict(worker(shard, tell))
+            yield dict(worker(shard, telling(watch, shard)))
 
     def once(self, work: Callable[[], Any]) -> Any:
         return work()
+
+    def refuse_hidden(self, paths: Sequence[str | Path]) -> None:
+        pass
 
 
 class _OnRay:
@@ -139,14 +124,56 @@ class _OnRay:
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
+
+    def open(self) -> None:
+        """Join the cluster and see that all workers can work there."""
+        if self._placement.address is not None:
+            refuse_address(self._placement.address)
         self._join()
         import ray
 
-        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        self._place(resources.get("GPU", 0), resources.get("CPU", 0))
+        there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        self._share = share_of(self._placement, there.get("GPU", 0))
+        try:
+            refuse_crowd(self._placement, self._share, there)
+        except SettingError as refusal:
+            self._wait_for_growth(refusal)
+        self.refuse_hidden([])
 
-    def _place(self, gpus: float, cpus: float) -> None:
-        self.device_type, self._resources = _resources(self._placement, gpus, cpus)
+    @property
+    def device_type(self) -> Literal["cuda", "cpu"]:
+        return self._share.device_type
+
+    def _wait_for_growth(self, refusal: SettingError) -> None:
+        """Wait until all workers fit, or raise the refusal if the cluster will not grow to that.
+
+        The autoscaler is asked by a placement group: unlike a request for resources, it goes with
+        this process, however that ends, and nodes are not paid for any longer.
+        """
+        import ray
+
+        scaling = _autoscaling_state()
+        if scaling is None:
+            raise refusal
+        wanted = [{self._share.unit: self._share.amount}] * self._placement.workers
+        group = ray.util.placement_group(wanted)
+        told = float("-inf")
+        try:
+            while not group.wait(1):
+                state = _autoscaling_state()
+                refused = state.infeasible_gang_resource_requests if state is not None else []
+                if any(request.details.startswith(group.id.hex()) for request in refused):
+                    raise refusal
+                if time.monotonic() - told >= GROWTH_SECONDS:
+                    told = time.monotonic()
+                    room = room_for(self._share, ray.cluster_resources())  # type: ignore[no-untyped-call]
+                    print(
+                        f"waiting for {self._placement.address} to grow: room for {room} of "
+                        f"{self._placement.workers} workers",
+                        file=sys.stderr,
+                    )
+        finally:
+            ray.util.remove_placement_group(group)
 
     def _join(self) -> None:
         """Join the cluster, or start one on this machine, quietly."""
@@ -155,6 +182,8 @@ class _OnRay:
         os.environ.setdefault("RAY_worker_niceness", "0")
         # Its core warns that restarted actors need their arguments, which this process keeps.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # It tries for 20 s to give a wrong token, or none; that something answers is known.
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")
         # Without it Ray begins with a notice.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -168,14 +197,10 @@ class _OnRay:
                     ray.init(include_dashboard=False, **quiet)
                 else:
                     ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:
             if address is None:
                 raise
-            raise SettingError(
-                f"--address is {address}: no Ray cluster answers there "
-                f"({str(error).splitlines()[0]}); expected host:port of `ray start --head`, with "
-                "RAY_AUTH_MODE=token in the environment where the cluster asks for a token"
-            ) from error
+            raise joining_refusal(address, error) from error
 
     def map(
         self,
@@ -185,10 +210,10 @@ class _OnRay:
     ) -> Iterator[dict[str, Any]]:
         import ray
 
-        tally: Any = ray.remote(num_cpus=0, max_restarts=-1)(_Tally).remote()
+        tally: Any = ray.remote(num_cpus=0, max_restarts=-1)(Tally).remote()
         with contextlib.ExitStack() as stack:
             if watch is not None:
-                stack.enter_context(_watched(lambda: _told(tally), watch))
+                stack.enter_context(watched(lambda: _told(tally), watch))
             try:
                 yield from self._over_actors(make_worker, shards, tally)
             except ray.exceptions.RayError as error:
@@ -206,17 +231,17 @@ class _OnRay:
         found = ray.data.from_items(
             [{"shard": int(shard)} for shard in shards], override_num_blocks=len(shards)
         ).map_batches(
-            _ShardActor,
+            ShardActor,
             fn_constructor_kwargs={"make_worker": make_worker, "tally": tally},
             batch_size=1,
             # One task an actor: at the end no shard waits behind another while an actor is idle.
             compute=ray.data.ActorPoolStrategy(
                 size=min(self._placement.workers, len(shards)), max_tasks_in_flight_per_actor=1
             ),
-            **self._resources,
+            **self._share.options,
         )
         for row in found.iter_rows():
-            yield _sound(json.loads(row["record"]))
+            yield sound(json.loads(row["record"]), self._placement.address)
 
     def once(self, work: Callable[[], Any]) -> Any:
         import ray
@@ -225,7 +250,22 @@ class _OnRay:
             return work()
 
         try:
-            return ray.get(ray.remote(**self._resources)(called).remote())
+            return ray.get(ray.remote(**self._share.options)(called).remote())
+        except ray.exceptions.RayError as error:
+            raise _cause(error) from error
+
+    def refuse_hidden(self, paths: Sequence[str | Path]) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        report: Any = ray.remote(node_report([str(path) for path in paths]))
+        found = []
+        for node in ray.nodes():  # type: ignore[no-untyped-call]
+            if node["Alive"] and node["Resources"].get(self._share.unit):
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                found.append(report.options(num_cpus=0, scheduling_strategy=there).remote())
+        try:
+            refuse_unfit(ray.get(found))
         except ray.exceptions.RayError as error:
             raise _cause(error) from error
 
@@ -239,12 +279,14 @@ class _OnRay:
 class _ThisMachine(_OnRay):
     """Actors of a Ray that is started for the time of the call, when it is needed first."""
 
-    def __init__(self, placement: Placement) -> None:
-        self._placement = placement
+    _started = False
+
+    def open(self) -> None:
         import torch
 
-        self._place(torch.cuda.device_count(), os.cpu_count() or 1)
-        self._started = False
+        there = {"GPU": float(torch.cuda.device_count()), "CPU": float(os.cpu_count() or 1)}
+        self._share = share_of(self._placement, there["GPU"])
+        refuse_crowd(self._placement, self._share, there)
 
     def _start(self) -> None:
         if not self._started:
@@ -263,6 +305,9 @@ class _ThisMachine(_OnRay):
     def once(self, work: Callable[[], Any]) -> Any:
         self._start()
         return super().once(work)
+
+    def refuse_hidden(self, paths: Sequence[str | Path]) -> None:
+        pass
 
     def close(self) -> None:
         if self._started:
@@ -287,54 +332,6 @@ def _silent() -> Iterator[None]:
         os.close(kept)
 
 
-class _ShardActor:
-    """A worker as Ray Data calls it: batches of one shard in, batches of one record out.
-
-    What a worker raises is a record too: Ray would hand on its text alone.
-    """
-
-    def __init__(self, make_worker: Callable[[], ShardWorker], tally: Any) -> None:
-        self._make, self._tally = make_worker, tally
-        self._worker: ShardWorker | None = None
-
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
-        return {"record": [json.dumps(self._record(int(shard))) for shard in batch["shard"]]}
-
-    def _record(self, shard: int) -> dict[str, Any]:
-        try:
-            self._worker = self._worker or self._make()
-            record = self._worker(shard, lambda images: self._tally.tell.remote(shard, images))
-        except UserError as error:
-            return {_REFUSED: type(error).__name__, "message": str(error)}
-        except Exception:
-            return {_BROKEN: traceback.format_exc()}
-        return {**record, "worker": f"{socket.gethostname()}:{os.getpid()}"}
-
-
-def _sound(record: dict[str, Any]) -> dict[str, Any]:
-    """A worker's record, or raises what the worker raised."""
-    if _REFUSED in record:
-        raise getattr(errors, record[_REFUSED])(record["message"])
-    if _BROKEN in record:
-        raise RuntimeError(f"a worker failed:\n{record[_BROKEN]}")
-    return record
-
-
-class _Tally:
-    """How far the workers are; an actor of its own, so that telling never holds a worker up."""
-
-    def __init__(self) -> None:
-        self._done: dict[int, int] = {}
-
-    def tell(self, shard: int, images: int) -> None:
-        """Keep what a worker says of its shard."""
-        self._done[shard] = images
-
-    def told(self) -> dict[int, int]:
-        """Images done, by shard."""
-        return self._done
-
-
 def _told(tally: Any) -> dict[int, int]:
     import ray
 
@@ -342,62 +339,22 @@ def _told(tally: Any) -> dict[int, int]:
     return told
 
 
-@contextlib.contextmanager
-def _watched(told: Callable[[], Mapping[int, int]], watch: Watch) -> Iterator[None]:
-    """Call ``watch`` with what was told, now and then, while the block runs."""
-    over = threading.Event()
+def _autoscaling_state() -> Any | None:
+    """What the cluster's autoscaler last said; None where nothing grows.
 
-    def look() -> None:
-        while not over.wait(WATCH_SECONDS):
-            # Whatever befalls the tally, the work goes on; it is for the eye alone.
-            with contextlib.suppress(Exception):
-                watch(told())
+    Ray has no public word for it.  Its second autoscaler, which `ray up` and KubeRay start, says
+    what it can never place, and so does the one of a cluster that cannot grow at all; the first
+    one says nothing of the kind, so its clusters count as fixed.
+    """
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join(timeout=2 * WATCH_SECONDS)
-
-
-def _telling(watch: Watch, shard: int) -> Tell:
-    return lambda images: watch({shard: images})
-
-
-def _tell_nobody(images: int) -> None:
-    pass
-
-
-def _kind(device_type: str) -> Literal["cuda", "cpu"]:
-    return "cuda" if device_type == "cuda" else "cpu"
-
-
-def _resources(
-    placement: Placement, gpus: float, cpus: float
-) -> tuple[Literal["cuda", "cpu"], dict[str, Any]]:
-    """What each actor computes on and takes; refuses more actors than there is room for."""
-    place = placement.address or "this machine"
-    kind = placement.device.partition(":")[0]
-    on_gpu = gpus > 0 if kind == "auto" else kind == "cuda"
-    if on_gpu and not gpus:
-        raise SettingError(
-            f"--device is {placement.device}, but {place} has no GPU: use --device cpu"
-        )
-    resources: dict[str, Any]
-    if on_gpu:
-        room, share = int(gpus * placement.workers_per_gpu), 1 / placement.workers_per_gpu
-        resources, unit = {"num_gpus": share, "num_cpus": 0.0}, f"{gpus:.0f} GPUs"
-    else:
-        room, resources, unit = int(cpus), {"num_cpus": 1.0}, f"{cpus:.0f} CPUs"
-    if placement.workers > room:
-        more = "; --workers-per-gpu puts several on one" if on_gpu else ""
-        raise SettingError(
-            f"--workers is {placement.workers}, but {place} has {unit}, room for {room}: "
-            f"expected at most {room}{more}"
-        )
-    return "cuda" if on_gpu else "cpu", resources
+    reply = GetClusterStatusReply()
+    address = ray.get_runtime_context().gcs_address
+    reply.ParseFromString(GcsClient(address=address).get_cluster_status())
+    state = reply.autoscaling_state
+    return state if state.autoscaler_state_version else None
 
 
 def _cause(error: BaseException) -> Exception:

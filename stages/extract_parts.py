@@ -14,10 +14,13 @@ import torch
 
 from ..errors import DamageError, MissingError, SettingError
 from ..pipeline.cached_images import RECIPES, CacheFormat
-from ..pipeline.cluster import Placement, ShardWorker, Watch, Workers, open_workers
+from ..pipeline.cluster import Workers, open_workers
 from ..pipeline.options import choose_device, require
+from ..pipeline.placement import Placement
 from ..pipeline.plan import Plan
+from ..pipeline.shard_worker import ShardWorker
 from ..pipeline.sources import Split, list_images
+from ..pipeline.watching import Watch
 from ..storage.part_identity import StoreIdentity, shard_size_for
 from ..storage.part_records import read_set_up
 from ..storage.part_store import PartStore
@@ -153,12 +156,14 @@ def extract_parts(
         MismatchError: The output holds a store of other images, another learner or other settings;
             or the store to update from does.
         SettingError: The machine or the cluster has no room for the workers.
+        MissingError: A node of the cluster does not see the data, the learner or a store.
         DamageError: A finished shard was damaged meanwhile.
     """
     with open_workers(options.placement) as workers:
         plan = list_images(options.data, options.split)
         trained = open_learner(options.learner)
         old = PartStore.open(options.update) if options.update else None
+        workers.refuse_hidden(worker_inputs(options, plan))
         size = batch_size_of(options, workers)
         fingerprint = old.fingerprint if old else ""
         identity = identity_of(options, plan, trained, size, workers.device_type, fingerprint)
@@ -173,6 +178,7 @@ def extract_parts(
                     f"{known} of {len(plan)} images are known to {options.update} by name and size",
                     file=sys.stderr,
                 )
+            workers.refuse_hidden([options.output.absolute() / "plan.json"])
             checked = shards[0] if options.precision in AUTOCAST else None
             make = functools.partial(worker, dataclasses.replace(settings, checked=checked))
             for record in workers.map(make, shards, watch):
@@ -194,6 +200,12 @@ def worker_settings(options: ExtractPartsOptions, plan: Plan, workers: Workers) 
         decode_threads=options.decode_threads,
         update=options.update and options.update.absolute(),
     )
+
+
+def worker_inputs(options: ExtractPartsOptions, plan: Plan) -> list[str | Path]:
+    """Absolute paths that every worker reads; what lies behind a URL is not among them."""
+    folders = [options.learner, *([options.update] if options.update else [])]
+    return [*([] if "://" in plan.root else [plan.root]), *(path.absolute() for path in folders)]
 
 
 def _device_of(options: ExtractPartsOptions, workers: Workers) -> str:

@@ -16,7 +16,13 @@ from ..storage.part_check import committed_shards
 from ..storage.part_identity import CHUNK, StoreIdentity
 from ..storage.part_records import read_commit
 from ..storage.part_writer import create_store, same_set_up
-from .extract_parts import ExtractPartsOptions, batch_size_of, identity_of, worker_settings
+from .extract_parts import (
+    ExtractPartsOptions,
+    batch_size_of,
+    identity_of,
+    worker_inputs,
+    worker_settings,
+)
 from .extraction_worker import ExtractionWorker, WorkerSettings
 from .networks import open_learner
 
@@ -43,6 +49,7 @@ def forecast_extraction(options: ExtractPartsOptions) -> dict[str, Any]:
     with open_workers(options.placement) as workers:
         plan = list_images(options.data, options.split)
         trained = open_learner(options.learner)
+        workers.refuse_hidden(worker_inputs(options, plan))
         batch = batch_size_of(options, workers)
         identity = identity_of(options, plan, trained, batch, workers.device_type)
         done = _images_done(options.output, identity, plan)

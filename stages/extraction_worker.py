@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from ..models.parts import part_labels
 from ..pipeline.cached_images import kept_image
-from ..pipeline.cluster import Tell
 from ..pipeline.decoding import BadImage
 from ..pipeline.image_loading import LoadedImage, load_image
 from ..pipeline.options import choose_device
 from ..pipeline.plan import Plan, plan_of_rows
 from ..pipeline.quarantine import fatal_images
 from ..pipeline.sources import ImageReader
+from ..pipeline.watching import Tell
 from ..storage.image_cache import write_image_cache
 from ..storage.part_records import plan_table, read_set_up
 from ..storage.part_store import PartStore

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MissingError, SettingError
-from ..pipeline.cluster import Watch
 from ..pipeline.image_loading import load_image
 from ..pipeline.options import require
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
 from ..pipeline.sources import ImageReader, Split, list_images
+from ..pipeline.watching import Watch
 from ..storage.part_identity import UNLABELLED, StoreIdentity, shard_size_for
 from .label_images import (
     decode_label_map,

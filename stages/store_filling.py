@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import SettingError
-from ..pipeline.cluster import Watch
 from ..pipeline.image_loading import LoadedImage
 from ..pipeline.options import plain_options
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
+from ..pipeline.watching import Watch
 from ..storage.files import write_json
 from ..storage.part_check import committed_shards, complete_store, damaged_shards
 from ..storage.part_identity import META_SCHEMA, StoreIdentity

@@ -12,8 +12,10 @@ import pytest
 import ray
 
 from semmae.errors import MissingError, SettingError
-from semmae.pipeline import cluster
-from semmae.pipeline.cluster import Placement, Tell, open_workers
+from semmae.pipeline import cluster, watching
+from semmae.pipeline.cluster import open_workers
+from semmae.pipeline.placement import Placement
+from semmae.pipeline.watching import Tell
 
 
 class Fake:
@@ -164,7 +166,7 @@ def test_map__a_dead_worker_is_replaced(joined: str, tmp_path: Path) -> None:
 
 
 def test_map__tells_how_far_shards_are(joined: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "WATCH_SECONDS", 0.2)
+    monkeypatch.setattr(watching, "WATCH_SECONDS", 0.2)
     _, told = run(Placement(workers=2, address=joined), lambda: Fake(1.5), range(4))
     assert {0: 1, 1: 2}.items() <= told[-1].items()
 

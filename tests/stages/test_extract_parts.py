@@ -11,7 +11,7 @@ from PIL import Image
 
 from semmae.errors import DamageError, MismatchError, SettingError
 from semmae.pipeline import plan, plan_rows
-from semmae.pipeline.cluster import Tell
+from semmae.pipeline.watching import Tell
 from semmae.stages import extract_parts as module
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.extraction_forecast import forecast_extraction

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from semmae.errors import MismatchError, MissingError, SettingError
-from semmae.pipeline.cluster import Tell
 from semmae.pipeline.image_loading import LoadedImage
 from semmae.pipeline.schedule import Draw
+from semmae.pipeline.watching import Tell
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.extraction_worker import ExtractionWorker
 from semmae.stages.pretrain import pretrain, pretraining_data

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from semmae.errors import MismatchError, SettingError
-from semmae.pipeline.cluster import Tell
+from semmae.pipeline.watching import Tell
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.extraction_worker import ExtractionWorker
 from semmae.storage.part_store import PartStore

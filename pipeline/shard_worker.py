@@ -1,0 +1,58 @@
+"""What works on shards, and how what it returns or raises travels from an actor to the caller."""
+
+import json
+import os
+import socket
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from .. import errors
+from ..errors import UserError
+from .watching import Tell
+
+_REFUSED, _BROKEN = "refused", "broken"
+"""Keys of a record that stands for what a worker raised: the user's to mend, or ours."""
+
+
+class ShardWorker(Protocol):
+    """Does the work of one shard after another."""
+
+    def __call__(self, shard: int, tell: Tell) -> Mapping[str, Any]:
+        """Do one shard; returns a small record of plain data."""
+
+
+class ShardActor:
+    """A worker as Ray Data calls it: batches of one shard in, batches of one record out.
+
+    What a worker raises is a record too: Ray would hand on its text alone.
+    """
+
+    def __init__(self, make_worker: Callable[[], ShardWorker], tally: Any) -> None:
+        self._make, self._tally = make_worker, tally
+        self._worker: ShardWorker | None = None
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Records of shards, as JSON."""
+        return {"record": [json.dumps(self._record(int(shard))) for shard in batch["shard"]]}
+
+    def _record(self, shard: int) -> dict[str, Any]:
+        try:
+            self._worker = self._worker or self._make()
+            record = self._worker(shard, lambda images: self._tally.tell.remote(shard, images))
+        except UserError as error:
+            host = socket.gethostname()
+            return {_REFUSED: type(error).__name__, "message": str(error), "host": host}
+        except Exception:
+            return {_BROKEN: traceback.format_exc()}
+        return {**record, "worker": f"{socket.gethostname()}:{os.getpid()}"}
+
+
+def sound(record: dict[str, Any], address: str | None) -> dict[str, Any]:
+    """A worker's record, or raises what the worker raised; on a cluster, with its host."""
+    if _REFUSED in record:
+        where = "" if address is None else f"on {record['host']}: "
+        raise getattr(errors, record[_REFUSED])(f"{where}{record['message']}")
+    if _BROKEN in record:
+        raise RuntimeError(f"a worker failed:\n{record[_BROKEN]}")
+    return record
