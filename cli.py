@@ -532,3 +532,12 @@ def main() -> None:
     except UserError as error:
         print(f"semmae: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        # A disk or mount that fails where nothing more can be said of it.
+        place = f" {error.filename}" if error.filename else ""
+        print(
+            f"semmae: the system refused{place}: {error.strerror or error}; see whether the disk "
+            "or mount is there, and run the command again",
+            file=sys.stderr,
+        )
+        sys.exit(1)

@@ -33,9 +33,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from semmae.pipeline.cluster import Placement, Tell, open_workers
+from semmae.pipeline.cluster import open_workers
 from semmae.pipeline.image_loading import LoadedImage, load_image
+from semmae.pipeline.placement import Placement
 from semmae.pipeline.sources import ImageReader, list_images
+from semmae.pipeline.watching import Tell
 from semmae.stages.extract_parts import (
     ExtractPartsOptions,
     extract_parts,
@@ -206,7 +208,7 @@ def start(given: argparse.Namespace, work: Path) -> None:
         process = subprocess.Popen(
             [*command, "extract-parts", *words], env=ONE_THREAD, stderr=subprocess.DEVNULL
         )
-        while not list(store.glob("runs/tries/*/*")) and process.poll() is None:
+        while not list(store.glob("runs/tries/*")) and process.poll() is None:
             time.sleep(0.02)
         first = time.monotonic() - began
         process.wait()

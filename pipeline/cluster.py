@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,6 +27,10 @@ from .watching import Tally, Watch, telling, watched
 
 GROWTH_SECONDS = 10.0
 """Seconds between two lines that tell of a growing cluster."""
+
+
+MOST_MAKES = 40
+"""Workers that may be in the making, or died in it, while none was made."""
 
 
 class Workers(Protocol):
@@ -189,12 +194,19 @@ class _OnRay:
         logging.getLogger("ray").setLevel(logging.ERROR)
         import ray
 
+        if ray.is_initialized():
+            raise SettingError(
+                "this process has joined a Ray already, which is not touched: leave it first, or "
+                "work without --workers"
+            )
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         address = self._placement.address
         try:
             with _silent():
                 if address is None:
-                    ray.init(include_dashboard=False, **quiet)
+                    # Not a Ray that happens to run here; and with the room that was counted on.
+                    cpus = os.cpu_count() or 1
+                    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
                 else:
                     ray.init(address=address, **quiet)
         except Exception as error:
@@ -228,11 +240,12 @@ class _OnRay:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        made = partial(_made, make_worker, tally)
         found = ray.data.from_items(
             [{"shard": int(shard)} for shard in shards], override_num_blocks=len(shards)
         ).map_batches(
             ShardActor,
-            fn_constructor_kwargs={"make_worker": make_worker, "tally": tally},
+            fn_constructor_kwargs={"make_worker": made, "tally": tally},
             batch_size=1,
             # One task an actor: at the end no shard waits behind another while an actor is idle.
             compute=ray.data.ActorPoolStrategy(
@@ -290,8 +303,8 @@ class _ThisMachine(_OnRay):
 
     def _start(self) -> None:
         if not self._started:
-            self._started = True
             self._join()
+            self._started = True
 
     def map(
         self,
@@ -330,6 +343,21 @@ def _silent() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(nowhere)
         os.close(kept)
+
+
+def _made(make_worker: Callable[[], ShardWorker], tally: Any) -> ShardWorker:
+    """The worker of an actor; refused if too many before it died while they were made."""
+    import ray
+
+    begun: int = ray.get(tally.begin_making.remote())
+    if begun > MOST_MAKES:
+        raise UserError(
+            f"{begun - 1} workers died while they were made: see whether memory runs out when the "
+            "learner is loaded, and use fewer --workers"
+        )
+    worker = make_worker()
+    tally.end_making.remote()
+    return worker
 
 
 def _told(tally: Any) -> dict[int, int]:

@@ -43,6 +43,10 @@ class ShardActor:
         except UserError as error:
             host = socket.gethostname()
             return {_REFUSED: type(error).__name__, "message": str(error), "host": host}
+        except OSError as error:
+            place = f" {error.filename}" if error.filename else ""
+            message = f"the system refused{place}: {error.strerror or error}"
+            return {_REFUSED: "UserError", "message": message, "host": socket.gethostname()}
         except Exception:
             return {_BROKEN: traceback.format_exc()}
         return {**record, "worker": f"{socket.gethostname()}:{os.getpid()}"}

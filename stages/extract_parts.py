@@ -84,6 +84,14 @@ class ExtractPartsOptions:
                 "--address names a Ray cluster, but --workers is 0, which works without Ray: "
                 "expected --workers 1 or more"
             )
+        kind, _, number = self.device.partition(":")
+        known = kind in ("auto", "cpu", "cuda") and (not number or number.isdigit())
+        require(known, "device", self.device, "auto, cpu, cuda or cuda:N")
+        if number and self.workers:
+            raise SettingError(
+                f"--device is {self.device}, but each of the {self.workers} workers has a GPU of "
+                "its own: expected --device cuda, or --workers 0"
+            )
         if self.update is not None and self.update.absolute() == self.output.absolute():
             raise SettingError(
                 f"--update and --output are both {self.output}: expected the earlier store, and "

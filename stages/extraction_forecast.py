@@ -15,6 +15,7 @@ from ..pipeline.sources import list_images
 from ..storage.part_check import committed_shards
 from ..storage.part_identity import CHUNK, StoreIdentity
 from ..storage.part_records import read_commit
+from ..storage.part_store import PartStore
 from ..storage.part_writer import create_store, same_set_up
 from .extract_parts import (
     ExtractPartsOptions,
@@ -25,6 +26,7 @@ from .extract_parts import (
 )
 from .extraction_worker import ExtractionWorker, WorkerSettings
 from .networks import open_learner
+from .previous_store import refuse_other_parts
 
 SAMPLED = {"cuda": 256, "cpu": 16}
 """Images that time and size are measured on, by device type."""
@@ -51,7 +53,11 @@ def forecast_extraction(options: ExtractPartsOptions) -> dict[str, Any]:
         trained = open_learner(options.learner)
         workers.refuse_hidden(worker_inputs(options, plan))
         batch = batch_size_of(options, workers)
-        identity = identity_of(options, plan, trained, batch, workers.device_type)
+        old = PartStore.open(options.update) if options.update else None
+        fingerprint = old.fingerprint if old else ""
+        identity = identity_of(options, plan, trained, batch, workers.device_type, fingerprint)
+        if old is not None:
+            refuse_other_parts(old, identity)
         done = _images_done(options.output, identity, plan)
         half, whole = _measured(options, plan, identity, workers)
     count, left = max(options.workers, 1), len(plan) - done

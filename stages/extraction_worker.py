@@ -116,9 +116,18 @@ class ExtractionWorker:
         self._device = choose_device(settings.device)
         if self._device.type == "cpu":
             torch.set_num_threads(1)
+        # The patch embedding is a convolution, which would be of 10 bits of mantissa else.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
         self._trained: TrainedLearner = open_learner(settings.learner)
-        self._trained.encoder.to(self._device)
-        self._trained.learner.to(self._device)
+        try:
+            self._trained.encoder.to(self._device)
+            self._trained.learner.to(self._device)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the networks do not fit into the memory of {self._device}: start fewer workers "
+                "a GPU"
+            ) from error
         self._record, self.identity = read_set_up(settings.output)
         self._old = PartStore.open(settings.update) if settings.update else None
         self._pool = ThreadPoolExecutor(settings.decode_threads)
@@ -283,6 +292,7 @@ class ExtractionWorker:
         # A copy: the device's memory is used again for the next batch.
         made = {k: np.array(v[: len(loaded)].cpu().numpy()) for k, v in batch.made.items()}
         confidence = made.pop("confidence")
+        self._refuse_overflow(state, batch, confidence)
         rows = meta_rows(
             state.plan,
             batch.first,
@@ -301,6 +311,19 @@ class ExtractionWorker:
         state.rows += rows
         for name, values in made.items():
             state.arrays.setdefault(name, []).append(values)
+
+    def _refuse_overflow(
+        self, state: _Shard, batch: _UnderWay, confidence: NDArray[np.floating]
+    ) -> None:
+        """Maps of a good image that are no numbers would be labels of nothing."""
+        for place, image in enumerate(batch.loaded):
+            if image.pixels is not None and not np.isfinite(confidence[place]):
+                key = state.plan.table["key"][batch.first + place]
+                raise UserError(
+                    f"the part map of {key} holds values that are no numbers in "
+                    f"{self.identity.dtype}: extract with --precision bf16 or fp32 into another "
+                    "--output"
+                )
 
     def _compare(self, batch: _UnderWay, compared: list[int]) -> None:
         """Count the patches of a batch whose label is that of full precision."""

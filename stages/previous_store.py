@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..errors import MismatchError
@@ -92,23 +93,35 @@ class PreviousRows:
         self._old, self._rows = old, np.array(kept[start:stop])
         there = self._rows[self._rows >= 0]
         # Both plans are sorted, so the rows of a shard lie close together in the earlier store.
-        self._first, last = (int(there.min()), int(there.max()) + 1) if len(there) else (0, 0)
-        self._meta = old.meta(start=self._first, stop=last).to_pylist() if last else []
+        self._meta: dict[int, dict[str, Any]] = {}
+        if len(there):
+            first = int(there.min())
+            found = old.meta(start=first, stop=int(there.max()) + 1).take(pa.array(there - first))
+            self._meta = dict(zip(there.tolist(), found.to_pylist(), strict=True))
+        self._shards: dict[tuple[str, int], NDArray[Any]] = {}
 
     def crc32(self, place: int) -> int | None:
         """CRC-32 of the encoded image that had this key and size; None if there was none."""
         row = int(self._rows[place])
-        return None if row < 0 else int(self._meta[row - self._first]["crc32"])
+        return None if row < 0 else int(self._meta[row]["crc32"])
 
     def meta_row(self, place: int, row: dict[str, Any]) -> dict[str, Any]:
         """The meta row of an image with what the earlier store says; index and label stay."""
-        known = self._meta[int(self._rows[place]) - self._first]
+        known = self._meta[int(self._rows[place])]
         return {**known, "index": row["index"], "label": row["label"]}
 
     def array(self, name: str, places: NDArray[np.int64]) -> NDArray[Any]:
-        """Rows of one of its arrays: ``labels``, ``class_attention`` or ``probabilities``."""
+        """Rows of one of its arrays: ``labels``, ``class_attention`` or ``probabilities``.
+
+        Raises:
+            DamageError: A shard of the earlier store is not what was written.
+        """
+        size = self._old.identity.shard_size
         rows = self._rows[places]
-        if name == "labels":
-            return np.asarray(self._old.labels()[rows])
-        stored = getattr(self._old, name)()
-        return np.asarray(stored.oindex[rows])
+        return np.stack([self._shard(name, row // size)[row % size] for row in rows.tolist()])
+
+    def _shard(self, name: str, shard: int) -> NDArray[Any]:
+        # Not the labels that readers keep decoded: what is taken over must be checked.
+        if (name, shard) not in self._shards:
+            self._shards[name, shard] = self._old.shard(name, shard)
+        return self._shards[name, shard]

@@ -40,7 +40,11 @@ class RepairPartsOptions:
     data: Annotated[str | None, "Where its images are now; default: where they were."] = None
     learner: Annotated[Path | None, "Where its learner is now; default: where it was."] = None
     labels: Annotated[Path | None, "Where its label images are now, if it was imported."] = None
+    update: Annotated[
+        Path | None, "Where the store is now that it took rows from; default: where it was."
+    ] = None
     workers: Annotated[int | None, "Ray actors; 0: this process. Default: as it was."] = None
+    address: Annotated[str | None, "Ray cluster to run on; default: this machine."] = None
 
 
 def verify_parts(path: Path) -> list[Fault]:
@@ -107,7 +111,7 @@ def repair_parts(options: RepairPartsOptions) -> list[Fault]:
             raise SettingError(
                 f"--{unknown[0]} is no setting of what made {options.parts}: leave it out"
             )
-        maker.run(dataclasses.replace(settings, **given, output=options.parts))
+        maker.run(maker.options(**{**settings, **given, "output": options.parts}))
     if foreign:
         names = ", ".join(fault.name for fault in sorted(foreign)[:5])
         raise DamageError(
@@ -117,8 +121,8 @@ def repair_parts(options: RepairPartsOptions) -> list[Fault]:
     return mendable
 
 
-def _last_run(path: Path) -> tuple[_Maker, Any]:
-    """The command that filled a store last, and its settings."""
+def _last_run(path: Path) -> tuple[_Maker, dict[str, Any]]:
+    """The command that filled a store last, and its settings by name."""
     for place in sorted((path / "runs").glob("*.json"), reverse=True):
         try:
             record = read_json(place)
@@ -133,14 +137,19 @@ def _last_run(path: Path) -> tuple[_Maker, Any]:
     )
 
 
-def _options_of(kind: type, plain: dict[str, Any], folder: Path) -> Any:
-    """Settings from a record; relative paths are those of the folder they were given in."""
+def _options_of(kind: type, plain: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Settings from a record; relative paths are those of the folder they were given in.
+
+    A cluster of then may be gone, so its address is left out; so is what this version has not.
+    """
     hints = typing.get_type_hints(kind)
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in plain.items():
+        if name not in hints or name == "address":
+            continue
         if value is not None and Path in (hints[name], *typing.get_args(hints[name])):
             value = folder / value
         elif name == "data" and "://" not in value:
             value = str(folder / value)
         values[name] = value
-    return kind(**values)
+    return values

@@ -127,8 +127,10 @@ def fill_store(
         DamageError: A finished shard was damaged meanwhile.
     """
     create_store(options.output, identity, plan.tables(), plan.class_names)
-    # What an earlier run left may have been altered since; what is damaged is done again.
-    if damaged := damaged_shards(options.output):
+    # What an earlier run left may have been altered since; what is damaged is done again.  What is
+    # committed while this looks is another writer's, and right.
+    before = committed_shards(options.output)
+    if damaged := damaged_shards(options.output) & before:
         uncommit(options.output, damaged)
     done = committed_shards(options.output)
     todo = [shard for shard in range(identity.shards) if shard not in done]
@@ -142,7 +144,7 @@ def fill_store(
         print(told, file=sys.stderr)
     complete = complete_store(options.output)
     if todo:  # a store that is complete already may lie on a read-only disk
-        _record_run(command, options, started, pace, complete)
+        _record_run(command, options, identity, started, pace, complete)
     if complete["bad"]:
         print(
             f"{complete['bad']} of {complete['images']} images could not be used: status and "
@@ -157,15 +159,25 @@ def fill_store(
     return complete
 
 
+def _resolved(options: FillOptions, identity: StoreIdentity) -> dict[str, str]:
+    return {"batch_size": str(identity.batch_size)} if hasattr(options, "batch_size") else {}
+
+
 def _record_run(
-    command: str, options: FillOptions, started: datetime, pace: Pace, complete: dict[str, Any]
+    command: str,
+    options: FillOptions,
+    identity: StoreIdentity,
+    started: datetime,
+    pace: Pace,
+    complete: dict[str, Any],
 ) -> None:
     """Keep what differs from run to run apart from the store itself."""
     write_json(
         options.output / "runs" / f"{started:%Y%m%dT%H%M%S.%f}Z.json",
         {
             "command": command,
-            "options": plain_options(options),
+            # What ``auto`` came to belongs to the store.
+            "options": {**plain_options(options), **_resolved(options, identity)},
             "folder": str(Path.cwd()),
             "started": started.isoformat(),
             "finished": datetime.now(UTC).isoformat(),

@@ -60,6 +60,9 @@ def check_plan(path: Path) -> list[Fault]:
         MissingError: There is no store.
         MismatchError: The store has another format version.
     """
+    begun = (path / "complete.json").exists() or (path / "commits").exists()
+    if begun and not (path / "plan.json").exists():
+        return [Fault("plan.json", "is missing")]
     try:
         plan, _ = read_set_up(path)
     except DamageError:
@@ -80,8 +83,11 @@ def check_complete(path: Path) -> list[Fault]:
         return [Fault("complete.json", "is missing: the store was not completed")]
     except DamageError:
         return [Fault("complete.json", "is not what was written")]
-    if complete["plan"] != file_crc32(path / "plan.json"):
-        return [Fault("complete.json", "is that of another store")]
+    # A plan.json that is damaged or gone says nothing of this record.
+    with contextlib.suppress(DamageError, MissingError):
+        read_json(path / "plan.json")
+        if complete["plan"] != file_crc32(path / "plan.json"):
+            return [Fault("complete.json", "is that of another store")]
     return [
         Fault(_commit_name(path, shard), "is not the one that the store was completed with")
         for shard in sorted(_later_commits(path))

@@ -225,6 +225,23 @@ class PartStore:
         """
         return self._float_array("probabilities")
 
+    def shard(self, name: str, shard: int) -> NDArray[Any]:
+        """One shard of an array, read and checked anew, by no cache.
+
+        Args:
+            name: ``labels``, ``class_attention`` or ``probabilities``, where the store has it.
+            shard: Number of the shard.
+
+        Returns:
+            (n, ...) as the array has it.
+
+        Raises:
+            DamageError: The shard is not what was written.
+        """
+        place = f"parts.zarr/{name}/{array_specs(self.identity)[name].key(shard)}"
+        data = read_checked(self.path / place, self._objects[place])
+        return ShardCodec(self.path, self._plan, self.identity, name).decode(shard, data)
+
     def image_cache(self) -> ImageCache:
         """The images that the store keeps, read from files by index.
 

@@ -1,11 +1,9 @@
 """How often a shard was begun and not finished: what tells a poison image from bad luck.
 
-A worker that a shard kills cannot say so; it leaves one empty file a try in
-``runs/tries/<shard>/``, named after the run, and takes them away when the shard is committed.
+A worker that a shard kills cannot say so; it leaves an empty file ``<shard>.<run>.<unique>`` a try
+in ``runs/tries/``, and takes those of the shard away when it is committed.
 """
 
-import contextlib
-import shutil
 import uuid
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +20,6 @@ class Tries(NamedTuple):
     """In this run, this time not counted."""
 
 
-def _folder(path: Path, shard: int) -> Path:
-    return path / "runs" / "tries" / f"{shard:05d}"
-
-
 def begin_try(path: Path, shard: int, run: str) -> Tries:
     """Note that a shard is begun.
 
@@ -37,15 +31,16 @@ def begin_try(path: Path, shard: int, run: str) -> Tries:
     Raises:
         UserError: The system refused the write.
     """
-    folder = _folder(path, shard)
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    earlier = [name for name in names if not name.startswith(".")]
-    write_atomically(folder / f"{run}.{uuid.uuid4().hex}", b"")
-    return Tries(len(earlier), sum(name.partition(".")[0] == run for name in earlier))
+    earlier = [place.name.split(".")[1] for place in _tries(path, shard)]
+    write_atomically(path / "runs" / "tries" / f"{shard:05d}.{run}.{uuid.uuid4().hex}", b"")
+    return Tries(len(earlier), earlier.count(run))
 
 
 def forget_tries(path: Path, shard: int) -> None:
     """Forget the tries of a shard, which is committed now."""
-    # Another writer of the same shard may be at it too; what stays does no harm.
-    with contextlib.suppress(OSError):
-        shutil.rmtree(_folder(path, shard))
+    for place in _tries(path, shard):
+        place.unlink(missing_ok=True)  # another writer of the same shard may be at it too
+
+
+def _tries(path: Path, shard: int) -> list[Path]:
+    return list((path / "runs" / "tries").glob(f"{shard:05d}.*"))

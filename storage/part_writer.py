@@ -104,10 +104,10 @@ def create_store(
     tables = [plan] if isinstance(plan, pa.Table) else plan
     if path.exists() and not path.is_dir():
         raise SettingError(f"{path} is a file; name a folder as --output")
-    begun = (path / "plan.json").is_file()
+    begun = (path / "plan.json").is_file() or any(_vouchers(path))
     have = None
     if begun:
-        with contextlib.suppress(DamageError):
+        with contextlib.suppress(DamageError, MissingError):
             have = same_set_up(path, identity, tables, class_names)
         if have and not any(damage_of(path / n, o) for n, o in have["objects"].items()):
             return
@@ -190,14 +190,20 @@ def _wanted(identity: StoreIdentity, class_names: Sequence[str]) -> dict[str, An
 
 def _refuse_unless_vouched(path: Path, crc32: int) -> None:
     """Refuse a damaged ``plan.json`` unless another record says that it had this CRC-32."""
-    for place in (path / "complete.json", *sorted((path / "commits").glob("*.json"))):
-        with contextlib.suppress(DamageError, MissingError):
-            if read_json(place).get("plan") == crc32:
-                return
+    if crc32 in _vouchers(path):
+        return
     raise DamageError(
         f"{path / 'plan.json'} is damaged, and no record vouches that it was that of this run; "
         "name another --output"
     )
+
+
+def _vouchers(path: Path) -> Iterator[int]:
+    """The CRC-32 of ``plan.json`` by each sound record that has it."""
+    for place in (path / "complete.json", *sorted((path / "commits").glob("*.json"))):
+        with contextlib.suppress(DamageError, MissingError):
+            if "plan" in (record := read_json(place)):
+                yield record["plan"]
 
 
 def write_shard(

@@ -115,6 +115,9 @@ def soak(kills: int, seed: int, work: Path) -> None:
                     done += 1
                     killed[name] = killed.get(name, 0) + 1
                     print(f"kill {done}: {name}, {workers} workers", flush=True)
+        log.flush()
+        told = (work / "log").read_text(errors="replace")
+        assert "Traceback" not in told, told[told.index("Traceback") :][:3000]
         if run.returncode == 0:
             assert verify_parts(store) == [], "a store that was completed is damaged"
             found = lasting_bytes(store)

@@ -7,16 +7,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
-from semmae.errors import DamageError, MismatchError, SettingError
+from semmae.errors import DamageError, MismatchError, SettingError, UserError
 from semmae.pipeline import plan, plan_rows
+from semmae.pipeline.image_loading import LoadedImage
 from semmae.pipeline.watching import Tell
 from semmae.stages import extract_parts as module
+from semmae.stages import store_filling
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.extraction_forecast import forecast_extraction
 from semmae.stages.extraction_worker import ExtractionWorker
 from semmae.stages.pretrain import pretrain, pretraining_data
+from semmae.storage import part_check
 from semmae.storage.part_store import PartStore
 from semmae.tests.world import World, lasting_bytes, learn_options, pretrain_options
 
@@ -264,3 +268,48 @@ def test_forecast__its_store_is_about_as_large_as_the_real_one(world: World) -> 
 def test_forecast__another_learner_is_refused(world: World, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="dtype"):
         forecast_extraction(options_for(world, world.store, precision="bf16"))
+
+
+# What must not end up in a store.
+
+
+class Overflows(ExtractionWorker):
+    """A worker whose network gives no numbers."""
+
+    def _encode(self, loaded: list[LoadedImage], precision: str = "") -> dict[str, torch.Tensor]:
+        made = super()._encode(loaded, precision)
+        made["confidence"][1] = float("nan")
+        return made
+
+
+def test_extract_parts__maps_that_are_no_numbers_are_refused(world: World, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the part map of train/.*\.png holds values that are no"):
+        extract_parts(options_for(world, tmp_path / "store"), Overflows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"device": "gpu"}, "expected auto, cpu"), ({"device": "cuda:1", "workers": 1}, "of its own")],
+)
+def test_extract_parts__no_device_is_refused(
+    world: World, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(SettingError, match=words):
+        options_for(world, tmp_path / "store", **changes)
+
+
+def test_extract_parts__leaves_what_another_writer_commits_meanwhile(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_for(world, tmp_path / "store")
+    look = part_check.damaged_shards
+
+    def while_another_writes(path: Path) -> set[int]:
+        found = look(path)
+        monkeypatch.setattr(store_filling, "damaged_shards", look)
+        extract_parts(options)
+        return found
+
+    monkeypatch.setattr(store_filling, "damaged_shards", while_another_writes)
+    extract_parts(options, lambda settings: 1 / 0)  # type: ignore[arg-type,return-value]
+    assert lasting_bytes(tmp_path / "store") == lasting_bytes(world.store)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from semmae.errors import MismatchError, SettingError
+from semmae.errors import DamageError, MismatchError, SettingError
 from semmae.pipeline.watching import Tell
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.extraction_worker import ExtractionWorker
@@ -105,6 +105,22 @@ def test_update__interrupted_ends_as_one_that_was_not(
     extract_parts(options_for(world, changed, broken, update=old))
     extract_parts(options_for(world, changed, whole, update=old))
     assert lasting_bytes(broken) == lasting_bytes(whole)
+
+
+def test_update__takes_nothing_over_that_is_not_checked(
+    world: World, old: Path, tmp_path: Path
+) -> None:
+    PartStore.open(old).labels()
+    (cached,) = (old / "cache").glob("labels-*.npy")
+    content = bytearray(cached.read_bytes())
+    content[-1] ^= 1
+    cached.write_bytes(content)
+    extract_parts(options_for(world, Path(world.data), tmp_path / "new", update=old), Counts)
+    assert (PartStore.open(tmp_path / "new").labels() == PartStore.open(world.store).labels()).all()
+    place = old / "parts.zarr/class_attention/c/1/0/0/0"
+    place.write_bytes(place.read_bytes()[:-1] + b"?")
+    with pytest.raises(DamageError, match="class_attention"):
+        extract_parts(options_for(world, Path(world.data), tmp_path / "other", update=old))
 
 
 def test_update__bad_images_are_taken_over_too(world: World, tmp_path: Path) -> None:

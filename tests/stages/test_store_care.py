@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from semmae.errors import DamageError, MissingError, SettingError
+from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.store_care import RepairPartsOptions, repair_parts, verify_parts
 from semmae.tests.world import World, lasting_bytes
 
@@ -45,6 +46,27 @@ def test_repair_parts__mends_a_flip_anywhere(store: Path, world: World) -> None:
         assert name in [fault.name for fault in verify_parts(store)]
         repair_parts(RepairPartsOptions(parts=store))
         assert lasting_bytes(store) == sound, name
+
+
+def test_repair_parts__mends_a_lost_record_of_the_plan(store: Path, world: World) -> None:
+    (store / "plan.json").unlink()
+    assert verify_parts(store)[0].name == "plan.json"
+    repair_parts(RepairPartsOptions(parts=store))
+    assert lasting_bytes(store) == lasting_bytes(world.store)
+
+
+def test_repair_parts__of_an_updated_store_takes_the_old_one_where_it_is_now(
+    store: Path, world: World, tmp_path: Path
+) -> None:
+    new = ExtractPartsOptions(
+        data=world.data, learner=world.learner, output=tmp_path / "new", update=store
+    )
+    extract_parts(new)
+    sound = lasting_bytes(new.output)
+    store.rename(tmp_path / "moved")
+    (new.output / "commits/00001.json").unlink()
+    repair_parts(RepairPartsOptions(parts=new.output, update=tmp_path / "moved"))
+    assert lasting_bytes(new.output) == sound
 
 
 def test_repair_parts__leaves_foreign_files_and_names_them(store: Path) -> None:
