@@ -40,8 +40,8 @@ _ORDER = [("path", "ascending"), ("row", "ascending")]
 RUN_ROWS = 1 << 21
 """Rows that are sorted at once, and the most that a plan keeps in memory.
 
-Longer ones save nothing: 10 million rows took 19 s of CPU time and 3.6 GB in one run, 21 s and 1.2 GB
-in five."""
+Longer ones save nothing: 10 million rows took 19 s of CPU time and 3.6 GB in one run, 21 s and 1.2
+GB in five."""
 
 TABLE_ROWS = 1 << 14
 """Rows of a plan that are read at once."""
