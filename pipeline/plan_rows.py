@@ -7,6 +7,7 @@ temporary files and merged, so that memory does not grow with the number of imag
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -127,7 +128,7 @@ class FiledRows(Sequence[pa.Table]):
     def __reduce__(self) -> tuple[Any, ...]:
         return pa.concat_tables, (list(self),)
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Rows of all tables."""
         return (len(self) - 1) * TABLE_ROWS + int(self[-1].num_rows)
