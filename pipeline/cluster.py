@@ -168,7 +168,11 @@ class _OnRay:
                 state = _autoscaling_state()
                 refused = state.infeasible_gang_resource_requests if state is not None else []
                 if any(request.details.startswith(group.id.hex()) for request in refused):
-                    raise refusal
+                    raise SettingError(
+                        f"--workers is {self._placement.workers}, but {self._placement.address} "
+                        f"does not grow to room for as many: expected fewer, or more in the "
+                        "cluster's max_workers"
+                    ) from refusal
                 if time.monotonic() - told >= GROWTH_SECONDS:
                     told = time.monotonic()
                     room = room_for(self._share, ray.cluster_resources())  # type: ignore[no-untyped-call]

@@ -2,16 +2,19 @@
 
 import os
 import signal
+import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
-from semmae.errors import MissingError, SettingError
+from semmae.errors import MissingError, SettingError, UserError
 from semmae.pipeline import cluster, watching
 from semmae.pipeline.cluster import open_workers
 from semmae.pipeline.placement import Placement
@@ -144,6 +147,58 @@ def test_open_workers__more_than_the_cluster_has_are_refused(joined: str) -> Non
         pass
 
 
+@pytest.fixture
+def growing(joined: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Makes that Ray one that grows, as it says until the returned function says otherwise."""
+
+    def grows(feasible: bool) -> None:
+        def state() -> SimpleNamespace:
+            groups = [] if feasible else ray.util.placement_group_table()
+            refused = [SimpleNamespace(details=f"{group}:PACK|PENDING") for group in groups]
+            return SimpleNamespace(infeasible_gang_resource_requests=refused)
+
+        monkeypatch.setattr(cluster, "_autoscaling_state", state)
+
+    return grows
+
+
+def test_open_workers__a_cluster_that_grows_is_waited_for(
+    joined: str,
+    growing: Callable[[bool], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    growing(True)
+    # Two of its GPUs seem not to be there yet, and all are taken for a while.
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0, "CPU": 8.0})
+    taken = ray.util.placement_group([{"GPU": 4}])
+    assert taken.wait(10)
+    threading.Timer(3, ray.util.remove_placement_group, [taken]).start()
+    with open_workers(Placement(workers=4, address=joined)) as workers:
+        assert workers.device_type == "cuda"
+    assert f"waiting for {joined} to grow: room for 2 of 4 workers" in capsys.readouterr().err
+
+
+def test_open_workers__more_than_a_cluster_can_grow_to_are_refused(
+    joined: str, growing: Callable[[bool], None]
+) -> None:
+    growing(False)
+    with (
+        pytest.raises(SettingError, match=r"--workers is 5, but .* does not grow to room for as"),
+        open_workers(Placement(workers=5, address=joined)),
+    ):
+        pass
+    assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}
+
+
+def test_refuse_hidden__a_path_that_a_node_lacks_is_named(joined: str, tmp_path: Path) -> None:
+    (tmp_path / "seen").touch()
+    with open_workers(Placement(workers=1, address=joined)) as workers:
+        workers.refuse_hidden([tmp_path / "seen"])
+        with pytest.raises(MissingError, match=f"hidden cannot be seen on {socket.gethostname()}"):
+            workers.refuse_hidden([tmp_path / "seen", tmp_path / "hidden"])
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "words"),
     [
@@ -155,8 +210,10 @@ def test_open_workers__more_than_the_cluster_has_are_refused(joined: str) -> Non
 def test_map__what_a_worker_raises_reaches_the_caller(
     joined: str, make: Callable[[], Any], kind: type[Exception], words: str
 ) -> None:
-    with pytest.raises(kind, match=words):
+    with pytest.raises(kind, match=words) as raised:
         run(Placement(workers=1, address=joined), make, range(3))
+    if issubclass(kind, UserError):
+        assert str(raised.value).startswith(f"on {socket.gethostname()}: ")
 
 
 def test_map__a_dead_worker_is_replaced(joined: str, tmp_path: Path) -> None:
