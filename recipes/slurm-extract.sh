@@ -17,7 +17,8 @@
 #SBATCH --signal=B:USR1@180
 set -euo pipefail
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes[0]}
 # Below the ports that systems give out themselves, and another one for each job, since nodes may be shared.
 port=$((20000 + SLURM_JOB_ID % 10000))
 address=$head:$port
@@ -43,7 +44,7 @@ ray=(ray start --block --num-cpus "$SLURM_CPUS_PER_TASK" --min-worker-port 0 --m
 ray+=(--dashboard-agent-listen-port 0 --disable-usage-stats)
 srun --nodes=1 --ntasks=1 --nodelist="$head" "${ray[@]}" --head --port "$port" --include-dashboard false \
     --ray-client-server-port $((port + 10000)) --temp-dir "/tmp/ray-$SLURM_JOB_ID" &
-others=$((SLURM_JOB_NUM_NODES - 1))
+others=$((${#nodes[@]} - 1))
 
 # Nodes join within minutes; the command would refuse workers that have no room yet.
 wait_for() {
@@ -64,7 +65,7 @@ wait_for 1 &
 wait $!
 if ((others)); then
     srun --nodes=$others --ntasks=$others --exclude="$head" "${ray[@]}" --address "$address" &
-    wait_for "$SLURM_JOB_NUM_NODES" &
+    wait_for ${#nodes[@]} &
     wait $!
 fi
 
