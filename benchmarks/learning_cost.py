@@ -25,7 +25,6 @@ from timm.models.vision_transformer import VisionTransformer
 from semmae.models.autoencoder import SIZES
 from semmae.models.encoders import FrozenEncoder
 from semmae.models.parts import PartArchitecture, PartLearner
-from semmae.models.places import CELLS
 from semmae.pipeline.feeding import Batch
 from semmae.pipeline.loaders import SquashedData
 from semmae.pipeline.schedule import Draw
@@ -93,8 +92,8 @@ def learning(encoder: FrozenEncoder, images: NoiseImages, pixels: bool) -> PartL
         pixel_decoder=pixels,
         decoder_width=options.decoder_width,
         grid_places=math.prod(encoder.native_size) // encoder.patch_size**2,
-        place_cells=CELLS,
-        told_by="places",
+        predictor="parts",
+        told_by="predictor",
         look_rounds=options.rounds_of_looks,
         background="predicted",
     )

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ import torch
 from semmae.models.encoders import FrozenEncoder
 from semmae.models.parts import LEARNED, PartLearner
 from semmae.models.places import PlacePredictor
+from semmae.models.predictors import PatchPredictor
 from semmae.pipeline.feeding import TrainingData
 from semmae.pipeline.image_source import ImageSource, drawn
 from semmae.pipeline.loaders import SquashedData
@@ -36,11 +38,13 @@ from semmae.stages.networks import image_size_of, open_encoder
 from semmae.stages.part_start import position_share, started_learner, voting_learner
 from semmae.stages.part_training import CachedTokens, PartLearning
 from semmae.stages.place_learning import learn_places, sample_place_views
+from semmae.stages.second_round import second_round
 
 STEPS, BATCH, LEARNING_RATE, AT_ONCE = 400, 48, 1e-3, 64
 
 VARIANTS: dict[str, dict[str, object]] = {
     "anchored": {},
+    "one round": {"rounds": 1},
     "by tokens": {"told_by": "tokens"},
     "kmeans by places": {"variant": "kmeans", "told_by": "places"},
     "voted background": {"background": "voted"},
@@ -105,10 +109,14 @@ class Bench:
     truth: Evidence
     place_images: int
 
+    def _options(self, seed: int, **changes: object) -> LearnPartsOptions:
+        settings: dict[str, Any] = {"place_images": self.place_images, **changes}
+        return LearnPartsOptions(data="", encoder="", output=Path(), seed=seed, **settings)
+
     @cache  # noqa: B019 - lives as long as the bench
     def places(self, seed: int) -> PlacePredictor:
         """The predictor of places, the same for all variants."""
-        options = LearnPartsOptions(data="", encoder="", output=Path(), seed=seed)
+        options = self._options(seed)
         tokens = self.train.tokens["whole"]
         voter = voting_learner(tokens, self.grid, options)
         views = sample_place_views(
@@ -118,12 +126,16 @@ class Bench:
         steps = options.place_steps
         return learn_places(views, tokens.patches, self.grid, steps, seed, device)[0]
 
-    def learned(self, changes: dict[str, object], seed: int) -> PartLearner:
+    @cache  # noqa: B019
+    def learned(self, variant: str, seed: int) -> PartLearner:
         """A learner after `STEPS` steps on the train tokens, or at once if nothing is learned."""
-        options = LearnPartsOptions(data="", encoder="", output=Path(), seed=seed, **changes)  # type: ignore[arg-type]
+        options = self._options(seed, **VARIANTS[variant])
         tokens = self.train.tokens["whole"]
-        places = self.places(seed) if options.learns_places else None
-        learner = started_learner(tokens, self.grid, options, places)
+        told: PatchPredictor | None = self.places(seed) if options.learns_places else None
+        learner = started_learner(tokens, self.grid, options, told)
+        if options.rounds == 2 and learner.architecture.told_by == "predictor":
+            told = second_round(self.encoder, learner, self.train_images, self.size, options)
+            learner = started_learner(tokens, self.grid, options, told)
         if options.variant not in LEARNED:
             return learner.eval()
         whole = SquashedData(self.train_images, self.size)
@@ -205,14 +217,12 @@ def line(name: str, run: Callable[[int], dict[str, float]], seeds: int) -> None:
 
 
 def _variant(made: Bench, name: str, seed: int) -> dict[str, float]:
-    return made.judged(made.learned(VARIANTS[name], seed))
+    return made.judged(made.learned(name, seed))
 
 
-def _baseline(
-    made: Bench, starts: list[PartLearner], baseline: Baseline, seed: int
-) -> dict[str, float]:
-    tokens = made.train.tokens["whole"]
-    return made.judged(beside(starts[seed], tokens, made.grid, baseline, seed))
+def _baseline(made: Bench, baseline: Baseline, seed: int) -> dict[str, float]:
+    tokens, learner = made.train.tokens["whole"], made.learned("anchored", seed)
+    return made.judged(beside(learner, tokens, made.grid, baseline, seed))
 
 
 def main() -> None:
@@ -239,11 +249,8 @@ def main() -> None:
     print(" " * 22 + "".join(f"{head:>{max(len(head) + 1, 8)}}" for head in COLUMNS))
     for name in names:
         line(name, partial(_variant, made, name), given.seeds)
-    # Untrained, they have token statistics and background of the learner's start.
-    untrained: dict[str, object] = {"variant": "grid", "background": "predicted"}
-    starts = [made.learned(untrained, seed) for seed in range(given.seeds)]
     for baseline in BASELINES:
-        line(baseline, partial(_baseline, made, starts, baseline), given.seeds)
+        line(baseline, partial(_baseline, made, baseline), given.seeds)
     if given.labels is not None:
         line("probe with labels", made.probed, given.seeds)
 

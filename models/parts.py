@@ -5,8 +5,9 @@ say; the softmax over parts, blurred, is the attention map of each part.  The ma
 that the image, or the features of its patches, can be rebuilt from them, under a diversity
 constraint.
 
-Features of a patch are its token, or (ours, the default of ``anchored``) the places where content
-such as its own lies on objects, as `models.places` reads them from the tokens.  The blur goes over
+Features of a patch are its token, or (ours, the default of ``anchored``) what `models.predictors`
+reads from the tokens around: the places where content such as its own lies on objects or, in a
+second round, the parts that were found by these.  The blur goes over
 patches that are alike; where there is an object mask it is part of that, of the features and of the
 maps, and stays on each patch's side of the mask: alone, a patch says too little of its place.
 
@@ -48,7 +49,8 @@ from .part_scores import (
     Patches,
     SetCentres,
 )
-from .places import PlacePredictor, Told
+from .places import CELLS, PlacePredictor
+from .predictors import PartPredictor, PatchPredictor, Told
 
 Variant = Literal["anchored", "paper", "kmeans", "image-kmeans", "colour", "attention", "grid"]
 
@@ -65,7 +67,7 @@ class PartArchitecture:
         style_width: S; 0 for D.
         parts: Parts beside the background; for ``attention`` the encoder's heads.
         variant: How parts are told apart; see the module.
-        background: ``predicted``: channel 0 is the background, as `models.places` predicts it;
+        background: ``predicted``: channel 0 is the background, as `models.predictors` predict it;
             ``voted``: it is voted for by clusters of patch tokens; ``token``: channel 0 is one
             more part token; ``none``: no channel is set apart.
         clusters: C, for ``voted``, and for the vote that ``predicted`` is learned from.
@@ -81,9 +83,11 @@ class PartArchitecture:
         decoder_noise: Per-layer noise in it.
         places: Places of the grid whose mean token is taken off each token there; 0 takes off one
             mean for all places.
-        grid_places: L of learners of one grid, ``grid`` and those with ``place_cells``; else 0.
-        place_cells: Cells a side of the places that patches tell; 0 where they are not asked.
-        told_by: Whether parts are told by these places, or by the tokens themselves.
+        grid_places: L of learners of one grid, ``grid`` and those with a predictor; else 0.
+        predictor: What patches are asked for: nothing, their places on objects, or in the second
+            round their parts.
+        place_cells: Cells a side of the places.
+        told_by: Whether parts are told by what is predicted, or by the tokens themselves.
     """
 
     width: int
@@ -103,8 +107,9 @@ class PartArchitecture:
     decoder_noise: bool = False
     places: int = 0
     grid_places: int = 0
-    place_cells: int = 0
-    told_by: Literal["places", "tokens"] = "tokens"
+    predictor: Literal["none", "places", "parts"] = "none"
+    place_cells: int = CELLS
+    told_by: Literal["predictor", "tokens"] = "tokens"
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be.
@@ -145,7 +150,9 @@ class PartArchitecture:
     @property
     def feature_width(self) -> int:
         """F, channels of what parts are told by."""
-        return self.place_cells**2 // 2 if self.told_by == "places" else self.width
+        if self.told_by == "tokens":
+            return self.width
+        return self.parts if self.predictor == "parts" else self.place_cells**2 // 2
 
     @property
     def masked(self) -> bool:
@@ -172,6 +179,14 @@ def _scores(shape: PartArchitecture, style_width: int) -> nn.Module:
     return ImageCentres(parts, colours=shape.variant == "colour")
 
 
+def _predictor(shape: PartArchitecture) -> PatchPredictor | None:
+    if shape.predictor == "none":
+        return None
+    if shape.predictor == "parts":
+        return PartPredictor(shape.width, shape.parts, shape.grid_places)
+    return PlacePredictor(shape.width, shape.place_cells, shape.grid_places)
+
+
 class PartLearner(nn.Module):
     """Part maps of a frozen encoder's tokens, and what is rebuilt from them.
 
@@ -196,11 +211,9 @@ class PartLearner(nn.Module):
         shape = self.architecture = architecture
         style_width = shape.style_width or shape.width
         self.scores = _scores(shape, style_width)
-        self.places = (
-            PlacePredictor(shape.width, shape.place_cells, shape.grid_places).requires_grad_(False)
-            if shape.place_cells
-            else None
-        )
+        self.predictor = _predictor(shape)
+        if self.predictor is not None:
+            self.predictor.requires_grad_(False)
         self.decoder = (
             PixelDecoder(
                 shape.channels, style_width, shape.decoder_width, noise=shape.decoder_noise
@@ -230,13 +243,13 @@ class PartLearner(nn.Module):
             tokens: Of the encoder.
             grid: (h, w), with h w = L.
             colours: (B, L, 3), from `patch_colours`; needed by the variant ``colour`` alone.
-            told: What these tokens tell of their places, where that is known already.
+            told: What these tokens tell of themselves, where that is known already.
         """
         # The three digits of bf16 would tie parts, and the maps would not sum to 1.
         with torch.autocast(tokens.patches.device.type, enabled=False):
             shape, standard = self.architecture, self.standardised(tokens)
-            if told is None and self.places is not None:
-                told = self.places.told(tokens.patches, grid)
+            if told is None and self.predictor is not None:
+                told = self.predictor.told(tokens.patches, grid)
             alike = affinities(standard, grid, shape.blur, shape.affinity) if shape.blur else None
             objects = self._objects(standard, told, alike)
             if shape.masked and alike is not None:
@@ -257,9 +270,9 @@ class PartLearner(nn.Module):
             alike = None
         if self.architecture.told_by == "tokens":
             return _blurred(standard, alike)
-        assert self.places is not None
+        assert self.predictor is not None
         assert told is not None
-        return self.places.features(_blurred(told.shares, alike))
+        return self.predictor.features(_blurred(told.shares, alike))
 
     def standardised(self, tokens: Tokens) -> Tensor:
         """Patch tokens (B, L, D) of zero mean and unit variance over the data set."""

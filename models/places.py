@@ -15,12 +15,11 @@ Legend of shapes: B images, L = h w patches, K patches of a view, D width, Q = c
 F = Q / 2 features.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from .predictors import PatchPredictor
 
 CELLS = 8
 """Cells a side that places are told by; even, so that left and right can be folded together."""
@@ -28,39 +27,11 @@ CELLS = 8
 SPAN = 1.6
 """How far the cells reach from the middle of the object, in radii of a disc of its area."""
 
-HIDDEN = 128
-"""Channels of the predictor's hidden layers."""
 
-
-@dataclass(frozen=True)
-class Told:
-    """What patches tell of their place.
-
-    Attributes:
-        shares: (B, L, F), of the cells of an object, if the patch lies on one: rows sum to 1.
-        background: (B, L), how likely it lies on none, 0 to 1.
-    """
-
-    shares: Tensor
-    background: Tensor
-
-    @classmethod
-    def joined(cls, batches: "Sequence[Told]") -> "Told":
-        """Batches as one."""
-        return cls(
-            torch.cat([told.shares for told in batches]),
-            torch.cat([told.background for told in batches]),
-        )
-
-
-class PlacePredictor(nn.Module):
+class PlacePredictor(PatchPredictor):
     """From patch tokens to a distribution over the cells of the object, and the background.
 
-    Two hidden layers, the second over 3 x 3 patches, since what surrounds a patch tells its part.
-
-    Buffers, set by `stages.place_learning` over a data set: ``token_mean`` (L, D), the mean token
-    of each place of the image, which must not tell it, and ``token_std`` (D); ``root_mean`` (F) and
-    ``root_std`` (one number) standardise the features of objects.
+    A cell's share is that of itself and its mirror image.
 
     Args:
         width: D.
@@ -68,54 +39,14 @@ class PlacePredictor(nn.Module):
         patches: L, of whole images.
     """
 
-    token_mean: Tensor
-    token_std: Tensor
-    root_mean: Tensor
-    root_std: Tensor
-
     def __init__(self, width: int, cells: int, patches: int) -> None:
-        super().__init__()
+        super().__init__(width, cells**2, cells**2 // 2, patches, reach=(1,))
         self.cells = cells
-        self.first = nn.Conv2d(width, HIDDEN, 1)
-        self.around = nn.Conv2d(HIDDEN, HIDDEN, 3, padding=1, padding_mode="replicate")
-        self.last = nn.Conv2d(HIDDEN, cells**2 + 1, 1)
-        self.register_buffer("token_mean", torch.zeros(patches, width))
-        self.register_buffer("token_std", torch.ones(width))
-        self.register_buffer("root_mean", torch.zeros(cells**2 // 2))
-        self.register_buffer("root_std", torch.ones(()))
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int], dropout: float = 0.0) -> Tensor:
-        """Scores of the cells, the background last, to be softmaxed.
-
-        Args:
-            tokens: (B, K, D), standardised, of whole images or of views.
-            grid: (h, w), of the view, with h w = K.
-            dropout: Of the first hidden layer, while it learns.
-
-        Returns:
-            (B, K, Q + 1).
-        """
-        maps = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
-        hidden = F.gelu(self.around(F.dropout(F.gelu(self.first(maps)), dropout)))
-        return self.last(hidden).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
-
-    def told(self, tokens: Tensor, grid: tuple[int, int]) -> Told:
-        """What the tokens (B, L, D) of whole images tell.
-
-        A cell's share is that of itself and its mirror image.
-        """
-        scores: Tensor = self((tokens.float() - self.token_mean) / self.token_std, grid)
-        shares = scores[..., :-1].softmax(dim=2)
-        shares = shares.reshape(*shares.shape[:2], self.cells, self.cells)
-        folded = (shares + shares.flip(3))[..., : self.cells // 2].flatten(2)
-        return Told(folded, scores.softmax(dim=2)[..., -1])
-
-    def features(self, shares: Tensor) -> Tensor:
-        """The square roots of shares (B, L, F), less their mean, at unit variance over all cells.
-
-        Euclidean distance between roots is Hellinger's distance of the distributions.
-        """
-        return (shares.sqrt() - self.root_mean) / self.root_std
+    def joined_shares(self, shares: Tensor) -> Tensor:
+        """Shares (B, L, F) of shares of the cells (B, L, Q)."""
+        square = shares.reshape(*shares.shape[:2], self.cells, self.cells)
+        return (square + square.flip(3))[..., : self.cells // 2].flatten(2)
 
 
 def object_cells(

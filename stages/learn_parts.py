@@ -25,6 +25,7 @@ from .networks import ENCODER_FILE, image_size_of, learner_of, open_encoder, par
 from .part_start import sample_tokens, started_learner, voting_learner
 from .part_training import CachedTokens, PartLearning
 from .place_learning import LEAST_TOLD, learn_places, sample_place_views
+from .second_round import second_round
 from .second_views import sample_views
 
 
@@ -56,6 +57,11 @@ class LearnPartsOptions(TrainingOptions):
         "Parts are told by the places on objects that patches tell by their content, or by the "
         "tokens themselves; auto: places if anchored.",
     ] = "auto"
+    rounds: Annotated[
+        int,
+        "Of telling parts by places: 1, or 2, where a predictor learns the first round's parts "
+        "from crops and parts are told by it.",
+    ] = 2
     background: Annotated[
         Literal["auto", "predicted", "voted", "token", "none"],
         "How the background is set apart: predicted, learned from a vote of clusters of patch "
@@ -110,10 +116,10 @@ class LearnPartsOptions(TrainingOptions):
     decoder_noise: Annotated[bool, "Per-layer noise in the pixel decoder."] = False
     sample_images: Annotated[int, "Images that statistics and k-means starts come from."] = 2000
     place_images: Annotated[
-        int, "Images that places are learned from, by a window and a crop of each."
+        int, "Images that places and the second round are learned from, by two views of each."
     ] = 4000
     place_steps: Annotated[
-        int, "Steps of 32 windows, or of as many patches of crops, that places are learned in."
+        int, "Steps of 8 crops, or of as many patches of windows, that each is learned in."
     ] = 1500
     cached_images: Annotated[
         int,
@@ -131,6 +137,7 @@ class LearnPartsOptions(TrainingOptions):
         super().__post_init__()
         for name in ("clusters", "sample_images", "place_images", "place_steps", "decoder_width"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.rounds in (1, 2), "rounds", self.rounds, "1 or 2")
         require(self.cached_images >= 0, "cached_images", self.cached_images, "0 or more")
         parse_reading(self.blocks, self.facet, self.pooled)
         require(self.class_share >= 0, "class_share", self.class_share, "0 or more")
@@ -349,7 +356,13 @@ def _started(
             )
         print("that is too little for parts to be told by places", file=sys.stderr)
         options = replace(options, told_by="tokens")
-    return started_learner(tokens, grid, options, places)
+    learner = started_learner(tokens, grid, options, places)
+    if options.rounds == 1 or learner.architecture.told_by == "tokens":
+        return learner
+    predictor = second_round(encoder, learner, images, size, options)
+    if not learner.architecture.masked:
+        options = replace(options, background="none")
+    return started_learner(tokens, grid, options, predictor)
 
 
 def _some(tokens: Tokens, options: LearnPartsOptions) -> Tokens:

@@ -16,6 +16,7 @@ from ..models.encoders import FrozenEncoder, Tokens
 from ..models.part_scores import AnchoredTokens, GridCells, SetCentres
 from ..models.parts import PartLearner
 from ..models.places import PlacePredictor
+from ..models.predictors import PartPredictor, PatchPredictor
 from ..pipeline.image_source import ImageSource, batches_in_order, drawn
 from ..pipeline.progress import Progress
 from .background_vote import objectness_of
@@ -88,7 +89,7 @@ def started_learner(
     tokens: Tokens,
     grid: tuple[int, int],
     options: "LearnPartsOptions",
-    places: PlacePredictor | None = None,
+    predictor: PatchPredictor | None = None,
 ) -> PartLearner:
     """A learner at its start: token statistics, background, anchors from k-means.
 
@@ -96,19 +97,19 @@ def started_learner(
         tokens: Of a sample of the data.
         grid: (h, w).
         options: The learner's settings.
-        places: What patches tell of their place; needed where parts or background are told by it.
+        predictor: What patches tell of themselves; needed where parts or background go by it.
 
     Raises:
         SettingError: There are fewer patches than clusters.
     """
-    learner = _shaped(tokens, options, places)
+    learner = _shaped(tokens, options, predictor)
     learner.class_mean.copy_(tokens.class_token.mean(0))
     learner.class_std.copy_(tokens.class_token.std(0, correction=0) + 1e-6)
     if learner.architecture.background == "voted":
         _vote(learner, tokens, grid, options.seed)
     points, share = object_features(learner, tokens, grid)
     if learner.architecture.masked and not _sensible(share):
-        return started_learner(tokens, grid, replace(options, background="none"), places)
+        return started_learner(tokens, grid, replace(options, background="none"), predictor)
     start_scores(learner, points.numpy(), grid, options.seed, options.part_order)
     if learner.architecture.places and options.positions == "auto":
         print(
@@ -120,27 +121,31 @@ def started_learner(
 
 
 def _shaped(
-    tokens: Tokens, options: "LearnPartsOptions", places: PlacePredictor | None
+    tokens: Tokens, options: "LearnPartsOptions", predictor: PatchPredictor | None
 ) -> PartLearner:
     """A learner of the shape that tokens and options ask for, its weights drawn by the seed."""
     patches = tokens.patches
-    places = places if options.learns_places else None
+    predictor = predictor if options.learns_places else None
     keeps_place = not _positions_go(patches, options)
     mean = patches.mean(dim=(0, 1)) if keeps_place else patches.mean(dim=0)
     torch.manual_seed(options.seed)
     measured: dict[str, Any] = {
         "style_width": tokens.class_token.shape[1],
         "places": 0 if keeps_place else patches.shape[1],
-        "grid_places": patches.shape[1] if options.variant == "grid" or places else 0,
-        "place_cells": places.cells if places else 0,
-        "told_by": "places" if places and options.by_places else "tokens",
+        "grid_places": patches.shape[1] if options.variant == "grid" or predictor else 0,
+        "predictor": "none",
+        "told_by": "predictor" if predictor and options.by_places else "tokens",
     }
+    if isinstance(predictor, PlacePredictor):
+        measured |= {"predictor": "places", "place_cells": predictor.cells}
+    elif isinstance(predictor, PartPredictor):
+        measured["predictor"] = "parts"
     if options.variant == "attention":
         measured["parts"] = tokens.attention.shape[1]
     learner = PartLearner(options.architecture(patches.shape[2], **measured))
     learner.token_mean.copy_(mean)
     learner.token_std.copy_((patches - mean).flatten(0, 1).std(0) + 1e-6)
-    learner.places = places
+    learner.predictor = predictor
     return learner
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..models.encoders import FrozenEncoder, Tokens
 from ..models.part_losses import diversity, rebuilt_features
 from ..models.parts import PartLearner, part_labels, patch_colours
-from ..models.places import Told
+from ..models.predictors import Told
 from ..models.vision import normalise
 from ..pipeline.feeding import Batch, TrainingData
 from ..pipeline.loaders import SquashedData
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from .learn_parts import LearnPartsOptions
 
 _AT_ONCE = 128
-"""Images that are asked for their places together."""
+"""Images whose patches are asked what they are together."""
 
 
 class CachedTokens:
-    """Tokens read once, and what they tell of their places, as training data of the learner.
+    """Tokens read once, and what they tell of themselves, as training data of the learner.
 
     Args:
         tokens: Of all images that are trained on.
@@ -65,9 +65,9 @@ class CachedTokens:
     def __getitems__(self, draws: list[Draw]) -> Batch:
         """``class_token`` float32 (B, S) and ``patches`` float16 (B, L, D) of a batch.
 
-        If the learner asks patches for their place, also ``shares`` float16 (B, L, F) and
-        ``background`` float16 (B, L), as in `models.places.Told`.  With second views also theirs,
-        all with ``view_`` before their names, and ``view_frame`` float32 (B, 2, 3).
+        If the learner asks patches what they are, also ``shares`` float16 (B, L, F) and
+        ``background`` float16 (B, L), as in `models.predictors.Told`.  With second views also
+        theirs, all with ``view_`` before their names, and ``view_frame`` float32 (B, 2, 3).
         """
         chosen = torch.from_numpy(indices(draws))
         return {name: kept[chosen] for name, kept in self._kept.items()}
@@ -214,17 +214,17 @@ def _kept(
 ) -> dict[str, Tensor]:
     """What `CachedTokens` gives, by name."""
     kept = {f"{view}class_token": tokens.class_token, f"{view}patches": tokens.patches.half()}
-    if learner.places is not None:
+    if learner.predictor is not None:
         device = learner.token_mean.device
         batches = torch.split(tokens.patches, _AT_ONCE)
-        told = Told.joined([learner.places.told(some.to(device), grid) for some in batches])
+        told = Told.joined([learner.predictor.told(some.to(device), grid) for some in batches])
         kept[f"{view}shares"] = told.shares.half().cpu()
         kept[f"{view}background"] = told.background.half().cpu()
     return kept
 
 
 def _cached(batch: Batch, view: str) -> tuple[Tokens, Told | None]:
-    """The tokens that `CachedTokens` gave, and what they tell of their places."""
+    """The tokens that `CachedTokens` gave, and what they tell of themselves."""
     patches = batch[f"{view}patches"]
     # No learned variant looks at the attention.
     tokens = Tokens(batch[f"{view}class_token"], patches, patches.new_zeros(len(patches), 1, 1))

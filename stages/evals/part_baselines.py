@@ -52,8 +52,8 @@ def beside(
     for name, own in made.named_buffers(recurse=False):
         if len(own):  # without a background there is no vote to take over
             own.copy_(getattr(learner, name))
-    if made.places is not None and learner.places is not None:
-        made.places.load_state_dict(learner.places.state_dict())
+    if made.predictor is not None and learner.predictor is not None:
+        made.predictor.load_state_dict(learner.predictor.state_dict())
     points = tokens.patches[:0]
     if shape.variant == "kmeans":
         points, _ = object_features(made, tokens, grid)
@@ -64,7 +64,7 @@ def beside(
 def _shape(
     shape: PartArchitecture, variant: Baseline, heads: int, grid: tuple[int, int]
 ) -> PartArchitecture:
-    no_places: dict[str, Any] = {"grid_places": 0, "place_cells": 0}
+    no_places: dict[str, Any] = {"grid_places": 0, "predictor": "none"}
     whole: dict[str, Any] = {"background": "none", "parts": shape.channels, **no_places}
     like: dict[str, Any] = {"parts": shape.parts}
     if not shape.masked:

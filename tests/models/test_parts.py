@@ -25,20 +25,20 @@ def learner(seed: int = 0, **changes: Any) -> PartLearner:
     """A tiny one whose clusters and statistics are drawn."""
     torch.manual_seed(seed)
     shape: dict[str, Any] = {"width": WIDTH, "parts": 4, "clusters": 5}
-    if changes.get("background") == "predicted" or changes.get("told_by") == "places":
-        shape |= {"place_cells": 4, "grid_places": 15}
+    if changes.get("background") == "predicted" or changes.get("told_by") == "predictor":
+        shape |= {"predictor": "places", "place_cells": 4, "grid_places": 15}
     made = PartLearner(PartArchitecture(**{**shape, **changes}))
     for name in ("token", "class"):
         getattr(made, f"{name}_mean").copy_(torch.randn(WIDTH))
         getattr(made, f"{name}_std").copy_(torch.rand(WIDTH) + 0.5)
     made.centres.copy_(torch.randn_like(made.centres))
     made.objectness.copy_(torch.arange(len(made.objectness)) % 2 - 0.5)
-    if made.places is not None:
-        made.places.last.weight[-1] *= 60
-        made.places.last.bias = torch.nn.Parameter(torch.zeros(17))
-        made.places.last.bias[-1] = math.log(16)
-        made.places.root_mean.copy_(torch.rand(8))
-        made.places.root_std.fill_(0.4)
+    if made.predictor is not None:
+        made.predictor.last.weight[-1] *= 60
+        made.predictor.last.bias = torch.nn.Parameter(torch.zeros(17))
+        made.predictor.last.bias[-1] = math.log(16)
+        made.predictor.root_mean.copy_(torch.rand(8))
+        made.predictor.root_std.fill_(0.4)
     return made
 
 
@@ -152,8 +152,8 @@ def test_blur__of_the_background_comes_before_it_is_decided(
     made = learner(blur=1.0, affinity=affinity, background=background)
     known = made.patches(tokens(), GRID)
     votes = learner(blur=0.0, background=background).patches(tokens(), GRID).objects - 0.5
-    if made.places is not None:
-        votes = 0.5 - made.places.told(tokens().patches, GRID).background
+    if made.predictor is not None:
+        votes = 0.5 - made.predictor.told(tokens().patches, GRID).background
     for image in range(2):
         patches = made.standardised(tokens())[image]
         wanted = slow_blur(votes[image].view(GRID), patches, 1.0, affinity) > 0
@@ -163,13 +163,15 @@ def test_blur__of_the_background_comes_before_it_is_decided(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("told_by", ["tokens", "places"])
+@pytest.mark.parametrize("told_by", ["tokens", "predictor"])
 def test_blur__of_features_stays_on_its_side_of_the_mask(told_by: str) -> None:
     made = learner(blur=1.5, background="predicted", told_by=told_by)
     known = made.patches(tokens(), GRID)
     standard = made.standardised(tokens())
-    assert made.places is not None
-    told = made.places.told(tokens().patches, GRID).shares if told_by == "places" else standard
+    assert made.predictor is not None
+    told = (
+        made.predictor.told(tokens().patches, GRID).shares if told_by == "predictor" else standard
+    )
     for image in range(2):
         mask = known.objects[image].view(GRID)
         for side in (mask, 1 - mask):
@@ -177,8 +179,8 @@ def test_blur__of_features_stays_on_its_side_of_the_mask(told_by: str) -> None:
             for channel in range(told.shape[2]):
                 seen = told[image, :, channel].view(GRID) * side
                 mean = slow_blur(seen, standard[image], 1.5, 0.3) / share
-                if told_by == "places":
-                    mean = (mean.sqrt() - made.places.root_mean[channel]) / 0.4
+                if told_by == "predictor":
+                    mean = (mean.sqrt() - made.predictor.root_mean[channel]) / 0.4
                 found = known.features[image, :, channel].view(GRID)
                 torch.testing.assert_close(found[side > 0], mean[side > 0], rtol=0, atol=1e-4)
 

@@ -27,7 +27,7 @@ def learner(background: str, **changes: object) -> PartLearner:
     shape: dict[str, object] = {"width": WIDTH, "parts": 3, "clusters": 4}
     shape |= {"temperature": 0.3, "blur": 0.4, "affinity": 0.0}
     if background == "predicted":
-        shape |= {"place_cells": 4, "grid_places": 12, "told_by": "places"}
+        shape |= {"predictor": "places", "grid_places": 12, "told_by": "predictor"}
     made = PartLearner(PartArchitecture(background=background, **{**shape, **changes}))  # type: ignore[arg-type]
     for _, own in made.named_buffers(recurse=False):
         own.copy_(torch.rand_like(own) + 0.5)
@@ -36,9 +36,9 @@ def learner(background: str, **changes: object) -> PartLearner:
         made.token_std.fill_(2)
         made.centres.copy_(torch.randn(4, WIDTH))
         made.objectness.copy_(torch.tensor([1.0, -1, 1, -1]))
-    if made.places is not None:
-        made.places.token_mean.fill_(3)
-        made.places.last.weight[-1] *= 60
+    if made.predictor is not None:
+        made.predictor.token_mean.fill_(3)
+        made.predictor.last.weight[-1] *= 60
     return made.requires_grad_(False)
 
 
@@ -70,11 +70,11 @@ def test_beside__shares_the_mask_where_it_is_meant_to(name: Baseline, background
     assert 0.1 < mask.mean() < 0.9
     if name in ("kmeans", "image_kmeans", "colour"):
         # Not the learner's own: that may lie on another device.
-        assert made.places is None or made.places is not start.places
+        assert made.predictor is None or made.predictor is not start.predictor
         assert torch.equal(made.patches(given, GRID).objects, mask)
     else:
         assert made.architecture.background == "none"
-        assert made.places is None
+        assert made.predictor is None
         assert made.patches(given, GRID).objects.all()
 
 

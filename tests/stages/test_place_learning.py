@@ -20,7 +20,8 @@ from semmae.stages import learn_parts as learning
 from semmae.stages import part_start
 from semmae.stages.learn_parts import learn_parts
 from semmae.stages.networks import open_learner
-from semmae.stages.place_learning import PlaceViews, learn_places, sample_place_views
+from semmae.stages.place_learning import learn_places, sample_place_views
+from semmae.stages.predictor_learning import Lesson
 from semmae.tests.world import World, learn_options
 
 CPU = torch.device("cpu")
@@ -87,7 +88,7 @@ def voter(everything: bool = True) -> PartLearner:
     return cast(PartLearner, Voter(everything))
 
 
-def views_and_tokens(images: ImageSource) -> tuple[tuple[PlaceViews, PlaceViews], Tensor]:
+def views_and_tokens(images: ImageSource) -> tuple[tuple[Lesson, Lesson], Tensor]:
     views = sample_place_views(encoder(), voter(), images, (64, 64), 90, seed=0)
     whole = [scaled(torch.from_numpy(images.decoded(i))[None]) for i in range(len(images))]
     return views, torch.cat([Colours().features(one).patches for one in whole])
@@ -102,7 +103,7 @@ def test_sample_place_views__cells_are_where_the_content_lay(tmp_path: Path) -> 
     # A disc of the image's area has 4.51 patches of radius.
     reach = SPAN * 4.51 / 4
     for views in (windows, crops):
-        down, across = views.cells // CELLS, views.cells % CELLS
+        down, across = views.targets // CELLS, views.targets % CELLS
         for cell, content in ((across, views.tokens[..., 0]), (down, views.tokens[..., 1])):
             told = ((cell + 0.5) / CELLS * 2 - 1) * reach / 2 + 0.5
             assert (told - content.float()).abs().max() < reach / 2 / CELLS + 0.05
@@ -117,7 +118,7 @@ def test_sample_place_views__what_the_voter_calls_background_is_background(tmp_p
     for views in sample_place_views(encoder(), voter(False), images, (64, 64), 40, seed=0):
         at = views.tokens[..., 0].float()
         sure = (at - 0.5).abs() > 0.1
-        assert torch.equal((views.cells == CELLS**2)[sure], (at > 0.5)[sure])
+        assert torch.equal((views.targets == CELLS**2)[sure], (at > 0.5)[sure])
 
 
 def test_sample_place_views__are_the_same_again(tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_sample_place_views__are_the_same_again(tmp_path: Path) -> None:
     )
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.tokens, other.tokens)
-        assert torch.equal(one.cells, other.cells)
+        assert torch.equal(one.targets, other.targets)
         assert len(one.tokens) == 9
 
 
@@ -163,20 +164,22 @@ def test_learn_places__predicts_the_background(tmp_path: Path) -> None:
         crops.tokens[:6].float() - crops.tokens.float().mean(0)
     ) / crops.tokens.float().std()
     found = model(standard, (8, 8)).softmax(dim=2)[..., -1] > 0.5
-    assert (found == (crops.cells[:6] == CELLS**2)).float().mean() > 0.8
+    assert (found == (crops.targets[:6] == CELLS**2)).float().mean() > 0.8
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
 def test_learn_parts__by_places_resumes_and_opens(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int
 ) -> None:
     monkeypatch.setattr(learning, "LEAST_TOLD", -100.0)
-    options = learn_options(world, tmp_path / "run")
+    options = learn_options(world, tmp_path / "run", rounds=rounds)
     learn_parts(options)
     trained = open_learner(tmp_path / "run")
-    assert trained.learner.architecture.place_cells == CELLS
-    assert trained.learner.architecture.told_by == "places"
-    assert trained.learner.architecture.feature_width == CELLS**2 // 2
-    assert trained.learner.places is not None
+    shape = trained.learner.architecture
+    assert shape.predictor == ("places", "parts")[rounds - 1]
+    assert shape.told_by == "predictor"
+    assert shape.feature_width == (CELLS**2 // 2, shape.parts)[rounds - 1]
+    assert trained.learner.predictor is not None
     images = torch.randint(0, 256, (3, *trained.image_size, 3), dtype=torch.uint8)
     maps = trained.learner(trained.encoder(images), trained.grid)
     torch.testing.assert_close(maps.sum(dim=1), torch.ones(3, *trained.grid))
@@ -193,7 +196,7 @@ def test_learn_parts__refuses_places_that_tokens_do_not_tell(
         learn_parts(learn_options(world, tmp_path / "refused", told_by="places"))
     learn_parts(learn_options(world, tmp_path / "run", background="none"))
     run = open_learner(tmp_path / "run").learner
-    assert run.places is None
+    assert run.predictor is None
     assert run.architecture.told_by == "tokens"
 
 
@@ -208,11 +211,11 @@ def test_learn_parts__where_the_vote_finds_no_object_there_is_no_background(
     learn_parts(learn_options(world, tmp_path / "run"))
     assert capsys.readouterr().err.count("learning without a background") == 1
     shape = open_learner(tmp_path / "run").learner.architecture
-    assert (shape.background, shape.told_by, shape.channels) == ("none", "places", 3)
+    assert (shape.background, shape.told_by, shape.channels) == ("none", "predictor", 3)
     learn_parts(learn_options(world, tmp_path / "tokens", told_by="tokens"))
     trained = open_learner(tmp_path / "tokens").learner
     assert trained.architecture.background == "none"
-    assert trained.places is None
+    assert trained.predictor is None
 
 
 def test_learn_parts__by_tokens_without_their_background_learns_no_places(
@@ -221,7 +224,7 @@ def test_learn_parts__by_tokens_without_their_background_learns_no_places(
     for background in ("none", "voted"):
         run = tmp_path / background
         learn_parts(learn_options(world, run, told_by="tokens", background=background))
-        assert open_learner(run).learner.places is None
+        assert open_learner(run).learner.predictor is None
 
 
 def test_sample_place_views__without_a_readable_image_are_refused(tmp_path: Path) -> None:
