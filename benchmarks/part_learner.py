@@ -22,7 +22,6 @@ import torch
 from semmae.models.encoders import FrozenEncoder
 from semmae.models.parts import LEARNED, PartLearner
 from semmae.models.places import PlacePredictor
-from semmae.models.predictors import PatchPredictor
 from semmae.pipeline.feeding import TrainingData
 from semmae.pipeline.image_source import ImageSource, drawn
 from semmae.pipeline.loaders import SquashedData
@@ -35,16 +34,18 @@ from semmae.stages.evals.part_probe import probe_parts
 from semmae.stages.evals.part_views import EncodedViews, View, encoded_views, joined
 from semmae.stages.learn_parts import LearnPartsOptions
 from semmae.stages.networks import image_size_of, open_encoder
+from semmae.stages.part_rounds import later_rounds
 from semmae.stages.part_start import position_share, started_learner, voting_learner
 from semmae.stages.part_training import CachedTokens, PartLearning
 from semmae.stages.place_learning import learn_places, sample_place_views
-from semmae.stages.second_round import second_round
 
 STEPS, BATCH, LEARNING_RATE, AT_ONCE = 400, 48, 1e-3, 64
 
 VARIANTS: dict[str, dict[str, object]] = {
     "anchored": {},
     "one round": {"rounds": 1},
+    "2 rounds": {"rounds": 2},
+    "4 rounds": {"rounds": 4},
     "by tokens": {"told_by": "tokens"},
     "kmeans by places": {"variant": "kmeans", "told_by": "places"},
     "voted background": {"background": "voted"},
@@ -131,11 +132,12 @@ class Bench:
         """A learner after `STEPS` steps on the train tokens, or at once if nothing is learned."""
         options = self._options(seed, **VARIANTS[variant])
         tokens = self.train.tokens["whole"]
-        told: PatchPredictor | None = self.places(seed) if options.learns_places else None
-        learner = started_learner(tokens, self.grid, options, told)
-        if options.rounds == 2 and learner.architecture.told_by == "predictor":
-            told = second_round(self.encoder, learner, self.train_images, self.size, options)
-            learner = started_learner(tokens, self.grid, options, told)
+        places = self.places(seed) if options.learns_places else None
+        learner = started_learner(tokens, self.grid, options, places)
+        if learner.architecture.told_by == "predictor":
+            learner = later_rounds(
+                self.encoder, learner, self.train_images, self.size, tokens, options
+            )
         if options.variant not in LEARNED:
             return learner.eval()
         whole = SquashedData(self.train_images, self.size)

@@ -22,10 +22,10 @@ from ..pipeline.sources import Split, list_images
 from ..pipeline.training import fit, keep
 from ..storage.checkpoints import checkpoints, load_checkpoint
 from .networks import ENCODER_FILE, image_size_of, learner_of, open_encoder, parse_reading
+from .part_rounds import later_rounds
 from .part_start import sample_tokens, started_learner, voting_learner
 from .part_training import CachedTokens, PartLearning
 from .place_learning import LEAST_TOLD, learn_places, sample_place_views
-from .second_round import second_round
 from .second_views import sample_views
 
 
@@ -59,9 +59,9 @@ class LearnPartsOptions(TrainingOptions):
     ] = "auto"
     rounds: Annotated[
         int,
-        "Of telling parts by places: 1, or 2, where a predictor learns the first round's parts "
-        "from crops and parts are told by it.",
-    ] = 2
+        "Of telling parts: by places, then by a predictor that learned from crops the parts of the "
+        "round before.",
+    ] = 3
     background: Annotated[
         Literal["auto", "predicted", "voted", "token", "none"],
         "How the background is set apart: predicted, learned from a vote of clusters of patch "
@@ -92,8 +92,8 @@ class LearnPartsOptions(TrainingOptions):
     ] = 0.3
     look_rounds: Annotated[
         int | None,
-        "Rounds in which patches also go by how parts look in their own image; default 3 if "
-        "anchored, 0 otherwise.",
+        "Times that patches also go by how parts look in their own image (once at most after the "
+        "first of --rounds); default 3 if anchored, 0 otherwise.",
     ] = None
     look_temperature: Annotated[
         float, "Of the distances of patch tokens to the part's mean token in those rounds."
@@ -116,7 +116,7 @@ class LearnPartsOptions(TrainingOptions):
     decoder_noise: Annotated[bool, "Per-layer noise in the pixel decoder."] = False
     sample_images: Annotated[int, "Images that statistics and k-means starts come from."] = 2000
     place_images: Annotated[
-        int, "Images that places and the second round are learned from, by two views of each."
+        int, "Images that places and later rounds are learned from, by two crops and more of each."
     ] = 4000
     place_steps: Annotated[
         int, "Steps of 8 crops, or of as many patches of windows, that each is learned in."
@@ -135,9 +135,16 @@ class LearnPartsOptions(TrainingOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
         super().__post_init__()
-        for name in ("clusters", "sample_images", "place_images", "place_steps", "decoder_width"):
+        whole = (
+            "rounds",
+            "clusters",
+            "sample_images",
+            "place_images",
+            "place_steps",
+            "decoder_width",
+        )
+        for name in whole:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(self.rounds in (1, 2), "rounds", self.rounds, "1 or 2")
         require(self.cached_images >= 0, "cached_images", self.cached_images, "0 or more")
         parse_reading(self.blocks, self.facet, self.pooled)
         require(self.class_share >= 0, "class_share", self.class_share, "0 or more")
@@ -357,12 +364,11 @@ def _started(
         print("that is too little for parts to be told by places", file=sys.stderr)
         options = replace(options, told_by="tokens")
     learner = started_learner(tokens, grid, options, places)
-    if options.rounds == 1 or learner.architecture.told_by == "tokens":
+    if learner.architecture.told_by == "tokens":
         return learner
-    predictor = second_round(encoder, learner, images, size, options)
     if not learner.architecture.masked:
         options = replace(options, background="none")
-    return started_learner(tokens, grid, options, predictor)
+    return later_rounds(encoder, learner, images, size, tokens, options)
 
 
 def _some(tokens: Tokens, options: LearnPartsOptions) -> Tokens:

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from semmae.models.encoders import FrozenEncoder, Tokens
 from semmae.models.parts import PartArchitecture, PartLearner
+from semmae.models.predictors import PartPredictor
 from semmae.models.vision import scaled
 from semmae.pipeline.image_source import ImageSource
 from semmae.pipeline.sources import list_images
-from semmae.stages.predictor_learning import Lesson
-from semmae.stages.second_round import learn_parts_of_crops, sample_parts
+from semmae.stages.part_rounds import Looks, learn_parts_again, lessons_of, sample_looks
 
 GRID, CPU = (8, 8), torch.device("cpu")
 
@@ -64,45 +64,55 @@ def source(folder: Path, count: int) -> ImageSource:
     return ImageSource(list_images(str(folder), "train"))
 
 
-def sampled(images: ImageSource, background: str = "voted") -> tuple[Lesson, Lesson]:
-    encoder, count = cast(FrozenEncoder, Colours()), len(images)
-    return sample_parts(encoder, Halves(background), images, (64, 64), count, seed=0)
+def sampled(images: ImageSource) -> Looks:
+    return sample_looks(cast(FrozenEncoder, Colours()), images, (64, 64), len(images), seed=0)
 
 
-def test_sample_parts__a_crop_shows_the_parts_of_the_whole_where_it_was_taken(
+def test_lessons_of__a_crop_shows_the_parts_of_the_whole_where_it_was_taken(
     tmp_path: Path,
 ) -> None:
-    images = source(tmp_path, 40)
-    for background, shift in (("voted", 2), ("none", None)):
-        for lesson in sampled(images, background):
+    looks = sampled(source(tmp_path, 40))
+    for background in ("voted", "none"):
+        first, second, wholes = lessons_of(Halves(background), looks, CPU)
+        for lesson in (first, second, wholes):
             assert lesson.tokens.shape == (40, 64, 3)
             assert lesson.targets.shape == (40, 64)
             colour = lesson.tokens.float()
             sure = colour.max(dim=2).values > 0.95 * colour.sum(dim=2)
-            if shift is None:  # no learner without a background calls red anything
+            if background == "none":  # such a learner has to call red something
                 sure &= colour.argmax(dim=2) > 0
-            wanted = (colour.argmax(dim=2) + (shift or -1)) % 3
+            wanted = (colour.argmax(dim=2) - 1) % 3
             # The maps of whole images are of patches: a crop sees between them.
             assert (lesson.targets == wanted)[sure].float().mean() > 0.93
-    crops, wholes = sampled(images)
-    assert not torch.equal(crops.tokens, wholes.tokens)
+        assert not torch.equal(first.tokens, second.tokens)
+        assert not torch.equal(first.tokens, wholes.tokens)
 
 
-def test_sample_parts__are_the_same_again(tmp_path: Path) -> None:
+def test_sample_looks__are_the_same_again(tmp_path: Path) -> None:
     images = source(tmp_path, 5)
-    for one, other in zip(sampled(images), sampled(images), strict=True):
-        assert torch.equal(one.tokens, other.tokens)
-        assert torch.equal(one.targets, other.targets)
+    one, other = sampled(images), sampled(images)
+    assert torch.equal(one.wholes.patches, other.wholes.patches)
+    for view, again in zip(one.crops, other.crops, strict=True):
+        assert torch.equal(view.tokens.patches, again.tokens.patches)
+        assert torch.equal(view.frame, again.frame)
 
 
-def test_learn_parts_of_crops__tells_the_parts_again(tmp_path: Path) -> None:
-    crops, wholes = sampled(source(tmp_path, 40))
-    made = learn_parts_of_crops(crops, wholes, 2, 60, 0, CPU)
-    told = made.told(wholes.tokens, GRID)
-    assert told.shares.shape == (40, 64, 2)
-    kinds = torch.cat(
-        [told.shares * (1 - told.background[..., None]), told.background[..., None]], 2
-    )
-    assert (kinds.argmax(dim=2) == wholes.targets).float().mean() > 0.97
-    again = learn_parts_of_crops(crops, wholes, 2, 60, 0, CPU).told(wholes.tokens, GRID)
-    assert torch.equal(again.shares, told.shares)
+def test_learn_parts_again__tells_the_parts_and_goes_on_from_there(tmp_path: Path) -> None:
+    lessons = lessons_of(Halves("voted"), sampled(source(tmp_path, 40)), CPU)
+    tokens, targets = lessons[-1].tokens, lessons[-1].targets
+
+    def right(model: PartPredictor) -> float:
+        told = model.told(tokens, GRID)
+        assert told.shares.shape == (40, 64, 2)
+        parts = told.shares * (1 - told.background[..., None])
+        kinds = torch.cat([parts, told.background[..., None]], dim=2)
+        return float((kinds.argmax(dim=2) == targets).float().mean())
+
+    made = learn_parts_again(lessons, 2, None, 60, 0, CPU)
+    assert right(made) > 0.97
+    again = learn_parts_again(lessons, 2, None, 60, 0, CPU)
+    assert torch.equal(again.last.weight, made.last.weight)
+    # A step changes little of what was learned; from the beginning it would not do.
+    assert right(learn_parts_again(lessons, 2, made, 1, 1, CPU)) > 0.9
+    assert right(learn_parts_again(lessons, 2, None, 1, 1, CPU)) < 0.9
+    assert torch.equal(again.last.weight, made.last.weight)

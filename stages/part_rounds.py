@@ -1,0 +1,204 @@
+"""Rounds of telling parts: a predictor learns, from crops, the parts that the round before found.
+
+Ours.  What tells parts in the first round, where on the object content such as this is found, is
+said differently of a thing and of the same thing enlarged.  So a predictor learns the parts of
+whole images, in them and in random crops of them: it has to say of a crop what was said of the
+whole, and by what it learned from all images it takes back the accidents of each.  Its parts are
+told from the context of half an object, and make better borders by their looks than those before,
+so that another round gains again.  The targets are the learner's own: self-training, as in DINO's
+crops (Caron et al. 2021), of parts in place of prototypes.
+"""
+
+import sys
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..models.encoders import FrozenEncoder, Tokens
+from ..models.parts import PartLearner
+from ..models.predictors import PartPredictor
+from ..pipeline.image_source import ImageSource, batches_in_order, drawn
+from ..pipeline.progress import Progress
+from .part_start import started_learner
+from .predictor_learning import Lesson, learned, measure, statistics
+from .second_views import SecondView, look_again
+
+if TYPE_CHECKING:
+    from .learn_parts import LearnPartsOptions
+
+CROPS = 2
+"""Crops of each image."""
+
+LOOK_ROUNDS = 1
+"""Rounds of looks (`models.looks`) at most: what they told before, the predictor has learned, and
+more of them go by the accidents of the image."""
+
+_AT_ONCE = 128
+"""Images that a learner looks at together."""
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What an encoder makes of some images and of crops of them.
+
+    Attributes:
+        wholes: Patch tokens in float16, on the CPU, without attention.
+        crops: `CROPS` views of each, likewise.
+        grid: (h, w) of all of them.
+    """
+
+    wholes: Tokens
+    crops: tuple[SecondView, ...]
+    grid: tuple[int, int]
+
+
+@torch.no_grad()
+def sample_looks(
+    encoder: FrozenEncoder, images: ImageSource, size: tuple[int, int], count: int, seed: int
+) -> Looks:
+    """Some images, and crops of them as `second_views.look_again` draws them.
+
+    Args:
+        encoder: The frozen encoder.
+        images: The data; one can be read at least.
+        size: (H, W) that images are squashed to.
+        count: Images, at most.
+        seed: Of images and crops.
+    """
+    chosen = drawn(len(images), count, seed)
+    wholes: list[Tokens] = []
+    crops: list[list[SecondView]] = [[] for _ in range(CROPS)]
+    with (
+        torch.random.fork_rng(devices=[]),
+        Progress("reading crops", len(chosen), "image") as progress,
+    ):
+        torch.default_generator.manual_seed(seed)
+        for _, read in batches_in_order(images, size, 64, "squash", chosen):
+            pixels = torch.from_numpy(read).to(encoder.mean.device)
+            wholes.append(_kept(encoder(pixels)))
+            for made in crops:
+                view = look_again(encoder, pixels)
+                made.append(SecondView(_kept(view.tokens), view.frame.cpu()))
+            progress.update(len(read))
+    views = tuple(
+        SecondView(Tokens.joined([v.tokens for v in made]), torch.cat([v.frame for v in made]))
+        for made in crops
+    )
+    grid = (size[0] // encoder.patch_size, size[1] // encoder.patch_size)
+    return Looks(Tokens.joined(wholes), views, grid)
+
+
+def _kept(tokens: Tokens) -> Tokens:
+    unread = tokens.attention.new_zeros(len(tokens.patches), 1, 1)
+    return Tokens(tokens.class_token.float().cpu(), tokens.patches.half().cpu(), unread.cpu())
+
+
+@torch.no_grad()
+def lessons_of(learner: PartLearner, looks: Looks, device: torch.device) -> list[Lesson]:
+    """Crops and whole images, with the parts that a learner finds in the latter.
+
+    Args:
+        learner: Moved to the device.
+        looks: Of the images.
+        device: Where to compute.
+
+    Returns:
+        The lessons of crops first; targets are parts, the background last.
+    """
+    learner.to(device)
+    wholes, grid = looks.wholes, looks.grid
+    found: list[list[Tensor]] = [[] for _ in range(1 + len(looks.crops))]
+    for start in range(0, len(wholes.patches), _AT_ONCE):
+        rows = slice(start, start + _AT_ONCE)
+        some = wholes.each(itemgetter(rows)).each(lambda part: part.to(device))
+        maps = learner.maps(learner.patches(some, grid), grid)
+        if learner.architecture.background != "none":
+            maps = maps.roll(-1, dims=1)
+        found[-1].append(_argmax(maps))
+        for made, view in zip(found, looks.crops, strict=False):
+            frame = view.frame[rows].to(device)
+            places = F.affine_grid(frame, [len(frame), 1, *grid], align_corners=False)
+            there = F.grid_sample(maps, places, padding_mode="border", align_corners=False)
+            made.append(_argmax(there))
+    # As when a crop is asked for its parts, it is told of its places what holds of whole images.
+    known = statistics(wholes.patches, torch.arange(len(wholes.patches)))
+    tokens = [*(view.tokens.patches for view in looks.crops), wholes.patches]
+    return [Lesson(t, torch.cat(f), grid, known) for t, f in zip(tokens, found, strict=True)]
+
+
+def _argmax(maps: Tensor) -> Tensor:
+    return maps.argmax(dim=1).flatten(1).cpu()
+
+
+def learn_parts_again(
+    lessons: Sequence[Lesson],
+    parts: int,
+    before: PartPredictor | None,
+    steps: int,
+    seed: int,
+    device: torch.device,
+) -> PartPredictor:
+    """A predictor of the parts that were found in whole images.
+
+    Args:
+        lessons: From `lessons_of`.
+        parts: How many there are.
+        before: What it goes on from; None begins with random weights.
+        steps: As in `predictor_learning.learned`.
+        seed: Of weights, dropout and batches.
+        device: Where to compute.
+
+    Returns:
+        On the CPU, frozen.
+    """
+    wholes = lessons[-1]
+    _, places, width = wholes.tokens.shape
+
+    def begun() -> PartPredictor:
+        made = PartPredictor(width, parts, places) if before is None else deepcopy(before)
+        return made.requires_grad_(True)
+
+    model, examined = learned(begun, lessons, steps, seed, device, "learning parts of crops")
+    agreement = (examined.scores.argmax(dim=1) == examined.targets).double().mean()
+    print(f"crops tell the parts of whole images in {agreement:.0%} of patches", file=sys.stderr)
+    measure(model, wholes.tokens, wholes.grid)
+    return model
+
+
+def later_rounds(
+    encoder: FrozenEncoder,
+    learner: PartLearner,
+    images: ImageSource,
+    size: tuple[int, int],
+    tokens: Tokens,
+    options: "LearnPartsOptions",
+) -> PartLearner:
+    """The learner of the last round, at its start.
+
+    Args:
+        encoder: The frozen encoder, on the device where all is computed.
+        learner: Of the first round.
+        images: The data.
+        size: (H, W) that images are squashed to.
+        tokens: Of a sample of the data, for `started_learner`.
+        options: The learner's settings; the background may be what the first round left of it.
+    """
+    if options.rounds == 1:
+        return learner
+    device, parts = encoder.mean.device, learner.architecture.parts
+    options = replace(options, look_rounds=min(options.rounds_of_looks, LOOK_ROUNDS))
+    looks = sample_looks(encoder, images, size, options.place_images, options.seed)
+    predictor = None
+    for number in range(2, options.rounds + 1):
+        print(f"round {number} of {options.rounds}", file=sys.stderr)
+        lessons = lessons_of(learner, looks, device)
+        steps, seed = options.place_steps, options.seed + number
+        predictor = learn_parts_again(lessons, parts, predictor, steps, seed, device)
+        learner = started_learner(tokens, looks.grid, options, predictor)
+    return learner
