@@ -103,6 +103,10 @@ class PretrainingData(_ImageData):
         seed: Of crops, flips and masks.
         crop_scale: Least and largest share of the image's area in a crop.
         store_fingerprint: Of the store that the maps came from.
+        background: Channel of the background in part maps; None without one.
+
+    Attributes:
+        parts, background: As given.
 
     Raises:
         SettingError: The policy reads maps, and there are none.
@@ -120,13 +124,14 @@ class PretrainingData(_ImageData):
         seed: int,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         store_fingerprint: str = "",
+        background: int | None = None,
     ) -> None:
         reads = POLICIES[masks.policy].reads
         if maps is None and reads is not None:
             raise SettingError(f"--masking {masks.policy} needs --parts: the part store to follow")
         super().__init__(images)
         self._maps = maps if reads is not None else None
-        self._parts = parts
+        self.parts, self.background = parts, background
         self._size, self._masks, self._seed = image_size, masks, seed
         self._grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self._scale = crop_scale
@@ -146,7 +151,8 @@ class PretrainingData(_ImageData):
 
         Returns:
             ``images`` uint8 (B, H, W, 3), ``mask`` bool (B, L), ``alpha`` float32 (B,),
-            ``index`` int64 (B,).
+            ``index`` int64 (B,); and ``parts`` uint8 (B, L), the parts that the mask follows, where
+            it follows any.
         """
         crops = _cropped(self._images, draws, self._seed, self._scale, self._size)
         maps = None
@@ -161,15 +167,19 @@ class PretrainingData(_ImageData):
                 alpha=alpha,
                 stream=_streams_of(draws, self._seed, Purpose.MASK),
                 maps=maps,
-                parts=self._parts,
+                parts=self.parts,
             )
         )
-        return {
+        batch = {
             "images": torch.from_numpy(crops.pixels),
             "mask": torch.from_numpy(mask),
             "alpha": torch.from_numpy(alpha.astype(np.float32)),
             "index": torch.from_numpy(indices(draws)),
         }
+        if maps is not None and maps.dtype == np.uint8:
+            parts = np.ascontiguousarray(maps.reshape(mask.shape))
+            batch["parts"] = torch.from_numpy(parts)
+        return batch
 
 
 class SquashedData(_ImageData):

@@ -60,6 +60,14 @@ class TrainingOptions:
         int, "Every how many checkpoints one is kept for good, beside the newest; 0: none is."
     ] = 0
     log_steps: Annotated[int, "Steps between two points of the logs."] = 20
+    wandb: Annotated[
+        str | None, "Project of Weights & Biases that the logs go to, too (extra wandb)."
+    ] = None
+    peak_tflops: Annotated[
+        float,
+        "What a device can do at most, TFLOP/s, for its utilisation in the logs; 0: what is known "
+        "of its kind, if anything.",
+    ] = 0.0
     launcher: Annotated[
         Literal["auto", "ray"],
         "auto: this process, or those that torchrun started; ray: --workers processes, by Ray "
@@ -93,7 +101,7 @@ class TrainingOptions:
             "workers",
         ):
             require(0 <= getattr(self, name) < 2**63, name, getattr(self, name), "0 to 2**63 - 1")
-        for name in ("warmup_epochs", "weight_decay", "clip_gradients"):
+        for name in ("warmup_epochs", "weight_decay", "clip_gradients", "peak_tflops"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         rate = self.base_learning_rate
         require(rate > 0, "base_learning_rate", rate, "above 0")
@@ -153,6 +161,8 @@ FREE_ON_RESUME = frozenset(
         "checkpoint_steps",
         "keep_checkpoints",
         "log_steps",
+        "wandb",
+        "peak_tflops",
         "recompute",
         "micro_batch",
         "keep_every",

@@ -4,6 +4,7 @@ A process's *rank* is its number from 0.  Each process computes a share of every
 one, of rank 0, also writes what lasts.
 """
 
+import os
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import MismatchError
+from ..errors import MismatchError, SettingError
 
 PATIENCE = timedelta(minutes=30)
 """How long processes wait for each other."""
@@ -45,6 +46,45 @@ def means(scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values = torch.stack([value.detach().float() for value in scalars.values()])
     dist.all_reduce(values)
     return dict(zip(scalars, (values / count()).unbind(), strict=True))
+
+
+def largest(figures: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """The largest of each figure over the processes, which all have the same names.
+
+    Args:
+        figures: Of this process.
+        device: Of this process, where it sends from.
+    """
+    if count() == 1:
+        return dict(figures)
+    values = torch.tensor(list(figures.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return dict(zip(figures, values.tolist(), strict=True))
+
+
+def sum_of(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over the processes; another tensor."""
+    total = tensor.clone()
+    if count() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def refuse_strangers(kind: str) -> None:
+    """Refuse one of several processes that were not told of each other.
+
+    Args:
+        kind: Of the run, for the message.
+
+    Raises:
+        SettingError: The environment speaks of several, and this process belongs to no group.
+    """
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked > 1 and not together():
+        raise SettingError(
+            f"WORLD_SIZE is {asked}, but this {kind} run trains in one process: start the command "
+            "without torchrun"
+        )
 
 
 def refuse_disagreement(seen: Mapping[str, object]) -> None:

@@ -57,6 +57,20 @@ class Task(abc.ABC):
             progress: Share of the run's steps that are done, above 0, at most 1.
         """
 
+    def flops(self, images: int) -> int | None:
+        """Model FLOPs (`pipeline.flops`) of the loss of so many images and of its gradients.
+
+        None: they are counted while the first batch is computed.
+        """
+        return None
+
+    def figures(self) -> dict[str, float]:
+        """Called at each point of the logs: further figures since the last one.
+
+        Where several processes train, each calls it.
+        """
+        return {}
+
     def finish_epoch(self, epoch: int, run: Run) -> dict[str, float]:
         """Called after each epoch (from 1): draw pictures, validate; figures go into the log.
 

@@ -13,10 +13,8 @@ parts of every batch; losses and gradients are the means over all.
 
 import contextlib
 import math
-import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DamageError, MismatchError, SettingError
+from ..errors import DamageError, MismatchError
 from ..storage.checkpoints import checkpoints, prune_checkpoints, save_checkpoint
 from . import ranks
 from .feeding import Batch, batches_of
@@ -37,6 +35,8 @@ from .resuming import refuse_foreign_folder, state_to_resume, write_options
 from .runs import Meter, Run
 from .schedule import BatchSampler, Schedule
 from .tasks import Task
+from .throughput import Throughput, peak_of
+from .wandb_log import refuse_missing_wandb, wandb_boards
 
 
 def fit(task: Task, options: TrainingOptions) -> Path:
@@ -60,7 +60,8 @@ def fit(task: Task, options: TrainingOptions) -> Path:
         DamageError: Loss, gradients or weights are no longer finite, or the newest checkpoint
             cannot be read.
     """
-    _refuse_strangers(task.kind)
+    ranks.refuse_strangers(task.kind)
+    refuse_missing_wandb(options)
     device = choose_device(options.device)
     schedule = options.schedule(len(task.data))
     parts = options.batch_parts(ranks.count())
@@ -85,29 +86,20 @@ def fit(task: Task, options: TrainingOptions) -> Path:
             file=sys.stderr,
         )
     with contextlib.ExitStack() as stack:
-        folder = options.output
+        folder, boards = options.output, []
         if ranks.rank() == 0:
             write_options(task, options)
             task.begin(folder)
+            boards = wandb_boards(task, options)
         else:  # the logs of other processes are the first one's once more
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        run = stack.enter_context(contextlib.closing(Run(folder, step)))
+        run = stack.enter_context(Run(folder, step, boards))
         training = _Training(task, options, schedule, parts, parallel, optimizer, run, device)
         if state is not None:
             training.epoch_meter.load_state(state["meter"], device)
         training.to_the_end()
     ranks.wait()
     return checkpoints(options.output)[-1][1]
-
-
-def _refuse_strangers(kind: str) -> None:
-    """Refuse one of several processes that were not told of each other."""
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked > 1 and not ranks.together():
-        raise SettingError(
-            f"WORLD_SIZE is {asked}, but this {kind} run trains in one process: start the command "
-            "without torchrun"
-        )
 
 
 def keep(task: Task, options: TrainingOptions) -> Path:
@@ -123,7 +115,8 @@ def keep(task: Task, options: TrainingOptions) -> Path:
     Raises:
         SettingError, MismatchError, DamageError: As `fit`, for what the folder holds already.
     """
-    _refuse_strangers(task.kind)
+    ranks.refuse_strangers(task.kind)
+    refuse_missing_wandb(options)
     device = choose_device(options.device)
     refuse_foreign_folder(options.output, task.kind)
     state = state_to_resume(task, options)
@@ -132,9 +125,9 @@ def keep(task: Task, options: TrainingOptions) -> Path:
         task.place(device)
         write_options(task, options)
         task.begin(options.output)
-        with contextlib.closing(Run(options.output, 0)) as run:
+        with Run(options.output, 0, wandb_boards(task, options)) as run:
             task.model.eval()
-            run.line({"epoch": 0, **task.finish_epoch(0, run)})
+            run.end_epoch(0, {}, task.finish_epoch(0, run))
         save_checkpoint(
             options.output, 0, _state_of(task, options, 0, task.model.state_dict(), {}, {})
         )
@@ -203,6 +196,13 @@ class _Training:
         self._autocast = torch.autocast(
             device.type, dtype=torch.bfloat16, enabled=precision == "bf16"
         )
+        self._throughput = Throughput(
+            device,
+            schedule.batch_size,
+            mine,
+            task.flops(schedule.batch_size // parts),
+            peak_of(device, precision, options.peak_tflops),
+        )
 
     def to_the_end(self) -> None:
         """The loop over the steps that are left."""
@@ -211,7 +211,8 @@ class _Training:
             return
         sampler = BatchSampler(schedule, options.seed, run.step, self._parts, self._mine)
         batches = batches_of(self._task.data, sampler, options.loader_workers, self._device)
-        self._begin_timing()
+        self._throughput.begin(run.step)
+        self._throughput.begin_epoch(run.step)
         size = schedule.batch_size
         with (
             contextlib.closing(batches),
@@ -226,25 +227,22 @@ class _Training:
                 self.epoch_meter.add(scalars)
                 progress.update(size, **self._after_step(rate))
 
-    def _begin_timing(self) -> None:
-        self._began, self._waited, self._began_step = time.monotonic(), 0.0, self._run.step
-
     def _step(self, batches: Iterator[Batch], rate: float) -> dict[str, Tensor]:
         """One optimiser step; its scalars, on the device."""
         task, options = self._task, self._options
         task.model.train()
         meter = Meter()
         for part in self._mine:
-            asked = time.monotonic()
-            batch = next(batches)
-            self._waited += time.monotonic() - asked
+            with self._throughput.waiting():
+                batch = next(batches)
             batch = {
                 name: value.to(self._device, non_blocking=True) for name, value in batch.items()
             }
             # After the batch was fetched: that a loader starts takes random numbers too.
             seed = streams(options.seed, Purpose.TRAINING, part, self._run.step)
             torch.manual_seed(int(seed) >> 1)
-            with self._parallel.part_of_step(last=part == self._mine[-1]):
+            last = part == self._mine[-1]
+            with self._throughput.counted(), self._parallel.part_of_step(last):
                 with self._autocast:
                     loss, scalars = self._parallel.run(partial(task.loss, batch))
                 (loss / len(self._mine)).backward()  # type: ignore[no-untyped-call]
@@ -269,15 +267,22 @@ class _Training:
             return {}
         figures = self._meter.means()
         self._require_finite(figures)
-        run.scalars({f"train/{name}": value for name, value in figures.items()})
-        run.scalars({"train/learning_rate": rate, "train/epoch": run.step / per_epoch})
+        figures |= {"learning_rate": rate, "weight_norm": self._weight_norm()}
+        speed = self._throughput.figures(run.step)
+        run.point(run.step / per_epoch, {**figures, **self._task.figures()}, speed)
         self._meter = Meter()
         if not within:
             self._end_epoch(epoch, rate)
             saves = saves or epoch % options.checkpoint_epochs == 0
         if saves or run.step == self._schedule.steps:
             self._save()
-        return figures
+        self._throughput.begin(run.step)
+        return {**figures, **speed}
+
+    def _weight_norm(self) -> float:
+        """Of all weights that train, as one vector."""
+        trained = [p.detach() for group in self._optimizer.param_groups for p in group["params"]]
+        return float(whole_tensor(nn.utils.get_total_norm(trained)))
 
     def _require_finite(self, means: Mapping[str, float]) -> None:
         broken = [name for name, value in means.items() if not math.isfinite(value)]
@@ -291,24 +296,13 @@ class _Training:
             )
 
     def _end_epoch(self, epoch: int, rate: float) -> None:
-        run, seconds = self._run, max(time.monotonic() - self._began, 1e-9)
-        images = (run.step - self._began_step) * self._schedule.batch_size
+        run = self._run
+        means = {**self.epoch_meter.means(), "learning_rate": rate}
+        means |= self._throughput.epoch_figures(run.step)
         extra = self._parallel.examine(partial(self._task.finish_epoch, epoch, run))
-        run.scalars({f"epoch/{name}": value for name, value in extra.items()})
-        run.line(
-            {
-                "epoch": epoch,
-                "step": run.step,
-                **self.epoch_meter.means(),
-                **extra,
-                "learning_rate": rate,
-                "images_per_second": images / seconds,
-                "data_wait": self._waited / seconds,
-                "seconds": seconds,
-            }
-        )
+        run.end_epoch(epoch, means, extra)
         self.epoch_meter = Meter()
-        self._begin_timing()
+        self._throughput.begin_epoch(run.step)
 
     def _save(self) -> None:
         task, run, options = self._task, self._run, self._options

@@ -107,6 +107,7 @@ def test_pretraining_data__has_the_shapes_it_says(example: Example) -> None:
         "mask": (torch.bool, (5, PATCHES)),
         "alpha": (torch.float32, (5,)),
         "index": (torch.int64, (5,)),
+        "parts": (torch.uint8, (5, PATCHES)),
     }
     assert batch["alpha"].tolist() == pytest.approx([(d.progress) ** 2 for d in draws_of(5)])
 
