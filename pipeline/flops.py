@@ -1,9 +1,9 @@
 """Floating point operations of a network, counted while it computes, and what devices can do.
 
-Counted are *model* FLOPs: two for each multiplication of every matrix product and convolution, of
-the forward pass and of its gradients.  What is done for memory's sake only is not: blocks that are
-computed again, scores that fused attention makes again in the backward pass.  What a network spares
-itself (patches that no encoder sees) is not counted either.
+Counted are two for each multiplication of every matrix product and convolution, of the forward pass
+and of its gradients; attention is the same whichever way it is computed.  What a network spares
+itself (patches that no encoder sees) is not counted; blocks that it computes again to spare memory
+are, so *model* FLOPs are those of the network without (`Task.flops`).
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ class FlopCount(FlopCounterMode):
         backward = [getattr(aten, f"_scaled_dot_product_{k}_attention_backward") for k in kinds]
         on_cpu = aten._scaled_dot_product_flash_attention_for_cpu
         backward.append(aten._scaled_dot_product_flash_attention_for_cpu_backward)
-        # Torch counts no fused attention on CPUs, and its backward pass with the repeated scores.
+        # Torch counts none on CPUs, and elsewhere the scores that it makes again backwards.
         formulas = {on_cpu: _attention, **dict.fromkeys(backward, _attention_backward)}
         super().__init__(display=False, custom_mapping=formulas)
 

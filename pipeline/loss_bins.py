@@ -22,7 +22,7 @@ class LossBins:
         ends = [0.0, *edges, 1.0]
         self._names = [f"{name}/{a:g}-{b:g}" for a, b in pairwise(ends)]
         self._given = edges
-        self._edges = self._sums = self._counts = torch.empty(0)
+        self._edges = self._numbers = self._sums = self._counts = torch.empty(0)
 
     def add(self, losses: Tensor, shares: Tensor) -> None:
         """Count losses, of any shape; those that are not finite are left out.
@@ -33,13 +33,13 @@ class LossBins:
         """
         if not len(self._sums) or self._sums.device != losses.device:
             self._edges = torch.tensor(self._given, device=losses.device)
+            self._numbers = torch.arange(len(self._names), device=losses.device)
             self._sums = torch.zeros(len(self._names), device=losses.device)
             self._counts = torch.zeros_like(self._sums, dtype=torch.int64)
         finite = losses.isfinite()
         bins = torch.bucketize(shares, self._edges, right=True)
         # Sums of masked copies: nothing is scattered, so their order is the same every time.
-        numbers = torch.arange(len(self._names), device=losses.device)
-        belongs = (bins.flatten() == numbers[:, None]) & finite.flatten()
+        belongs = (bins.flatten() == self._numbers[:, None]) & finite.flatten()
         self._sums += losses.where(finite, 0.0).flatten().mul(belongs).sum(dim=1)
         self._counts += belongs.sum(dim=1)
 

@@ -58,9 +58,10 @@ class Task(abc.ABC):
         """
 
     def flops(self, images: int) -> int | None:
-        """Model FLOPs (`pipeline.flops`) of the loss of so many images and of its gradients.
+        """FLOPs (`pipeline.flops`) of the loss of so many images and of its gradients.
 
-        None: they are counted while the first batch is computed.
+        None: they are counted while the first ones are computed.  A network that is compiled, or
+        that computes anything twice, should tell.
         """
         return None
 

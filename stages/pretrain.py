@@ -157,7 +157,8 @@ class Pretraining(Task):
             with FlopCount() as count:
                 losses, _ = twin.patch_losses(pixels, mask, self._visible, self._predicted)
                 losses.mean().backward()  # type: ignore[no-untyped-call]
-        return count.flops
+        flops: int = count.flops
+        return flops
 
     def figures(self) -> dict[str, float]:
         """Losses by alpha, and by the size of the part that a patch belongs to."""
