@@ -215,6 +215,18 @@ def test_pretraining_data__masks_the_same_count_in_every_image(
     assert set((~batch["mask"]).sum(dim=1).tolist()) == {visible_count(PATCHES, ratio)}
 
 
+def test_pretraining_data__hands_on_the_parts_that_a_mask_follows(example: Example) -> None:
+    # Whole parts are masked but for the last one, by the parts that come with the mask.
+    for policy in ("semantic", "shuffled"):
+        batch = example.data(policy, alpha=1.0).__getitems__(draws_of(24))
+        for ids, mask in zip(batch["parts"], batch["mask"], strict=True):
+            kinds = [len(mask[ids == part].unique()) for part in ids.unique()]
+            assert kinds.count(2) <= 1
+    levels = PartMaps(example.maps.astype(np.float16), np.arange(len(example.plan)))
+    for data in (example.data("random"), example.data("attention", maps=levels)):
+        assert "parts" not in data.__getitems__(draws_of(4))
+
+
 def test_pretraining_data__attention_moves_with_the_image(example: Example) -> None:
     # Attention that is the grey of the image: what is masked is what is bright.
     levels = PartMaps(example.maps.astype(np.float16), np.arange(len(example.plan)))

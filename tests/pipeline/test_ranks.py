@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from semmae.errors import SettingError
+from semmae.pipeline import ranks
+from semmae.pipeline.launching import launch
+from semmae.pipeline.loss_bins import LossBins
 from semmae.pipeline.options import TrainingOptions
 from semmae.pipeline.parallel import blocks
 from semmae.pipeline.training import fit
@@ -124,6 +127,30 @@ def test_fit__goes_on_with_another_number_of_processes(alone: Path, tmp_path: Pa
     assert newest(run).name == "step-00000012.pt"
     peer_run(0, run, micro_batch=1, **COMMON)
     assert_close(alone, run)
+
+
+# Figures of all processes.
+
+
+def figures_in(rank: int, output: Path) -> dict[str, float]:
+    found: dict[str, float] = {}
+
+    def train(given: TrainingOptions) -> Path:
+        bins = LossBins("by", (0.2, 0.4))
+        # The first bin is filled in one process alone, and the processes hold different counts.
+        shares = torch.tensor([0.1, 0.9, 0.9] if rank else [0.9])
+        bins.add(torch.arange(1.0, len(shares) + 1), shares)
+        found.update(bins.read())
+        found.update(ranks.largest({"a": 3.0 - rank, "b": rank + 2**-40}, torch.device("cpu")))
+        return given.output
+
+    launch(train, options(output))
+    return found
+
+
+def test_figures__are_of_all_processes(tmp_path: Path) -> None:
+    expected = {"by/0-0.2": 1.0, "by/0.4-1": 2.0, "a": 3.0, "b": 1 + 2**-40}
+    assert together(2, partial(figures_in, output=tmp_path)) == [Told(value=expected)] * 2
 
 
 # Mistakes.

@@ -116,10 +116,25 @@ def same(one: Path, other: Path, but: tuple[str, ...] = ("options",)) -> bool:
     )
 
 
-def log_of(run: Path, *without: str) -> list[dict[str, Any]]:
-    timings = {"seconds", "data_wait", "images_per_second", *without}
-    lines = (run / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
+TIMINGS = {
+    "seconds",
+    "data_wait",
+    "images_per_second",
+    "tflops_per_second",
+    "mfu",
+    "host_gib",
+    "loader_gib",
+}
+"""Names in the logs that two equal runs need not share."""
+
+
+def lines_of(run: Path, file: str = "log.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
+
+
+def log_of(run: Path, *without: str, file: str = "log.jsonl") -> list[dict[str, Any]]:
+    left_out = {*TIMINGS, *without}
+    return [{k: v for k, v in line.items() if k not in left_out} for line in lines_of(run, file)]
 
 
 def points_of(run: Path, name: str) -> list[tuple[int, float]]:
