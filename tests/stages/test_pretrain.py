@@ -86,7 +86,7 @@ def test_pretrain__tells_losses_by_alpha_and_by_part_size(
 def ranges_of(shares: torch.Tensor, edges: tuple[float, ...]) -> set[str]:
     """Names of the ranges that shares lie in."""
     ends = [0.0, *edges, 1.0]
-    found = np.searchsorted(np.float32(edges), shares.flatten().numpy(), side="right")
+    found = np.searchsorted(np.array(edges, np.float32), shares.flatten().numpy(), side="right")
     return {f"{ends[place]:g}-{ends[place + 1]:g}" for place in found.tolist()}
 
 
