@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from ..errors import DamageError, MissingError
+from ..errors import DamageError
 from .files import describe, read_checked, read_json, write_atomically, write_json
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -53,7 +52,7 @@ def write_dump(
         record: Plain data; numbers that are not finite become the texts ``nan``, ``inf`` and
             ``-inf``.
         arrays: By name.
-        weights: By name; what ``first`` wrote are the same.
+        weights: By name; the same as ``first`` wrote.
 
     Returns:
         The ``.json`` file.
@@ -62,16 +61,20 @@ def write_dump(
         UserError: The system refused the write.
     """
     folder = dumps_folder(run)
-    kept = folder / f"weights-{first:08d}.safetensors"
+    kept, weight_data = folder / f"weights-{first:08d}.safetensors", _file(weights)
     if step == first:
-        write_atomically(kept, save({k: np.ascontiguousarray(v) for k, v in weights.items()}))
-    data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-    beside = folder / f"step-{step:08d}.safetensors"
+        write_atomically(kept, weight_data)
+    beside, data = folder / f"step-{step:08d}.safetensors", _file(arrays)
     write_atomically(beside, data)
     path = beside.with_suffix(".json")
-    parts = {"arrays": {"name": beside.name, **describe(data)}, "weights": kept.name}
-    write_json(path, {**_told(record), **parts})
+    files = {"arrays": (beside, data), "weights": (kept, weight_data)}
+    described = {part: {"name": p.name, **describe(d)} for part, (p, d) in files.items()}
+    write_json(path, {**_told(record), "files": described})
     return path
+
+
+def _file(arrays: Arrays) -> bytes:
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
 def _told(value: Any) -> Any:
@@ -90,17 +93,14 @@ def read_dump(path: Path) -> Dump:
         path: Its ``.json`` file.
 
     Raises:
-        MissingError: It, or a file that belongs to it, is not there.
-        DamageError: One of them is not what was written.
+        MissingError: It is not there.
+        DamageError: It or a file that belongs to it is not what was written.
     """
     record = read_json(path)
-    if "arrays" not in record or "weights" not in record:
+    if "files" not in record:
         raise DamageError(f"{path} is no dump: expected RUN/non-finite/step-*.json")
-    beside, kept = path.with_name(record["arrays"]["name"]), path.with_name(record["weights"])
-    if not kept.is_file():
-        raise MissingError(f"the weights of {path} are not there: expected {kept} beside it")
-    try:
-        arrays = load(read_checked(beside, record["arrays"]))
-        return Dump(record, arrays, load(kept.read_bytes()))
-    except SafetensorError as error:
-        raise DamageError(f"{kept} cannot be read as weights: it is damaged") from error
+    parts = []
+    for part in ("arrays", "weights"):
+        name, size, crc32 = (record["files"][part][key] for key in ("name", "size", "crc32"))
+        parts.append(load(read_checked(path.with_name(name), {"size": size, "crc32": crc32})))
+    return Dump(record, *parts)

@@ -133,3 +133,40 @@ class Whole:
     run: Path
     path: Path
     task: TinyTask
+
+
+def step_of(batch: Batch) -> int:
+    """The step that a batch belongs to, from 1."""
+    return int(batch["progress"][0] * STEPS + 1e-6) + 1
+
+
+def poisoned(value: Tensor, weight: Tensor, how: str) -> Tensor:
+    """A loss that is not finite, or one whose gradients alone are not."""
+    if how == "gradients":
+        return value + (weight * 0).sqrt().sum()
+    return value + (math.inf if how == "loss" else math.nan * weight.sum())
+
+
+class PoisonedTask(TinyTask):
+    """A task some of whose steps are not finite, whenever they are computed.
+
+    Args:
+        steps: Which, from 1.
+        how: ``loss``, ``gradients`` or ``both`` are not finite.
+        optimizer: ``fused``, or one that knows of no flag.
+    """
+
+    def __init__(self, *steps: int, how: str = "both", optimizer: str = "fused") -> None:
+        super().__init__()
+        self.steps, self.how, self.optimizer_kind = steps, how, optimizer
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        value, scalars = super().loss(batch)
+        if step_of(batch) in self.steps:
+            value = poisoned(value, self.first.weight, self.how)
+        return value, scalars
+
+    def optimizer(self, learning_rate: float, options: TrainingOptions) -> torch.optim.Optimizer:
+        if self.optimizer_kind == "fused":
+            return super().optimizer(learning_rate, options)
+        return torch.optim.SGD(self.model.parameters(), lr=learning_rate, momentum=0.9)
