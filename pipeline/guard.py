@@ -105,9 +105,9 @@ class Guard:
             steps = f"{self.in_a_row} steps in a row" if self._most else "a step"
             raise DamageError(
                 f"loss or gradients are not finite in {steps}, to step {step} (--skip-at-most "
-                f"{self._most}): {self._folder} holds what was computed of what; begin anew in "
+                f"{self._most}): {self._folder} says what was computed of what; begin anew in "
                 "another --output with a lower --base-learning-rate, --clip-gradients 1 or "
-                "--precision fp32, or let this one skip more"
+                "--precision fp32, or go on with more to skip"
             )
 
     def state(self) -> dict[str, int]:

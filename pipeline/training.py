@@ -239,7 +239,10 @@ class _Training:
         if guard.dumps_next():
             first = step.number + 1 - guard.in_a_row
             facts = {"precision": self._precision, "device": self._device.type}
-            dump(step, first, self._task, self._options, self._schedule, self._parallel, facts)
+            kept = dump(
+                *(step, first, self._task, self._options, self._schedule, self._parallel, facts)
+            )
+            print(f"step {step.number} is skipped, {kept} says why", file=sys.stderr)
         guard.refuse_more(step.number)
 
     def _after_step(self, rate: float) -> dict[str, float]:

@@ -77,7 +77,8 @@ def replay(options: ReplayOptions) -> dict[str, Any]:
     record, again = dump.record, replayed(dump, options)
     then = [float(loss) for loss in record["losses"]]
     norms = {name: float(norm) for name, norm in record["gradient_norms"].items()}
-    same = _same(then, again.losses) and _same(list(norms.values()), list(again.norms.values()))
+    now = [again.norms[name] for name in norms]
+    same = _same(then, again.losses) and _same(list(norms.values()), now)
     return {
         "step": record["step"],
         "images": len(record["samples"]),
@@ -132,9 +133,7 @@ def replayed(dump: Dump, options: ReplayOptions) -> Replayed:
     _watch(model, broken)
     losses = gradients.of_step(_batches(dump, data, settings, len(parts)), before).losses
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    # In the order of the run, whose optimiser has them by groups.
-    ordered = {name: found[name] for name in record["gradient_norms"]}
-    norms = dict(zip(ordered, norms_of(ordered).tolist(), strict=True))
+    norms = dict(zip(found, norms_of(found).tolist(), strict=True))
     return Replayed(losses.tolist(), norms, broken[0] if broken else None)
 
 

@@ -17,7 +17,6 @@ from semmae.pipeline.options import TrainingOptions
 from semmae.pipeline.training import fit
 from semmae.storage.checkpoints import checkpoints, load_checkpoint
 from semmae.storage.dumps import read_dump
-from semmae.tests.pipeline.peers import DeepTask, Told, peer_run, together
 from semmae.tests.pipeline.tiny import (
     BATCH,
     PER_EPOCH,
@@ -25,36 +24,17 @@ from semmae.tests.pipeline.tiny import (
     KilledError,
     PoisonedTask,
     TinyTask,
-    flat,
+    at,
+    dumped,
     log_of,
     options,
     points_of,
-    poisoned,
     same,
     step_of,
+    weighs_as,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def at(run: Path, step: int) -> Path:
-    return dict(checkpoints(run))[step]
-
-
-def dumped(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "non-finite").glob("*"))
-
-
-def weighs_as(one: Path, other: Path) -> bool:
-    """Whether weights, optimiser and average are the same, to the bit."""
-    first, second = (
-        flat({**state["model"], "mean": state.get("ema"), "moments": state["optimizer"]["state"]})
-        for state in map(load_checkpoint, (one, other))
-    )
-    assert first.keys() == second.keys()
-    return all(
-        torch.equal(value, second[name]) for name, value in first.items() if value is not None
-    )
 
 
 # A step that is not finite.
@@ -301,56 +281,3 @@ def test_read_dump__says_what_is_damaged(spoil: Any, name: str, tmp_path: Path) 
     spoil(tmp_path / "non-finite" / name)
     with pytest.raises(DamageError, match=name):
         read_dump(tmp_path / "non-finite" / "step-00000003.json")
-
-
-# In several processes.
-
-
-class PoisonedPeer(DeepTask):
-    """In the process of rank 1 two steps are not finite."""
-
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        value, scalars = super().loss(batch)
-        if step_of(batch) in (4, 5) and self.is_failing:
-            first: Any = self.model[0]
-            value = poisoned(value, first.weight, "gradients" if step_of(batch) == 4 else "loss")
-        return value, scalars
-
-
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
-def test_fit__all_processes_skip_what_one_cannot_compute(sharding: str, tmp_path: Path) -> None:
-    run, settings = tmp_path / "run", {"micro_batch": 1, "clip_gradients": 0.5, "ema": 0.9}
-    work = partial(
-        peer_run, task=PoisonedPeer, sharding=sharding, checkpoint_steps=1, keep_checkpoints=0
-    )
-    told = together(2, partial(work, output=run, **settings))
-    assert [peer.error for peer in told] == ["", ""]
-    for step in (4, 5):
-        assert weighs_as(at(run, step), at(run, 3))
-    assert not weighs_as(at(run, 6), at(run, 5))
-    state = flat(load_checkpoint(at(run, STEPS)))
-    assert state[".guard.skipped"] == 2
-    assert all(bool(v.isfinite().all()) for v in state.values() if isinstance(v, Tensor))
-    found = read_dump(run / "non-finite" / "step-00000005.json")
-    assert [loss == "inf" for loss in found.record["losses"]] == [False, False, True, True]
-    assert found.arrays["index"].tolist() == found.record["samples"]
-    assert found.record["processes"] == 2
-    weights = load_checkpoint(at(run, 3))["model"]
-    assert all(np.array_equal(found.weights[name], w.numpy()) for name, w in weights.items())
-    assert dumped(run).count("weights-00000004.safetensors") == 1
-    # Killed within the row, and gone on with.
-    again = tmp_path / "again"
-    killed = partial(PoisonedPeer, 4 * BATCH // 2)
-    together(2, partial(work, output=again, **{**settings, "task": killed}))
-    assert checkpoints(again)[-1][0] == 4
-    assert together(2, partial(work, output=again, **settings)) == [Told(at(again, STEPS))] * 2
-    assert same(at(again, STEPS), at(run, STEPS))
-    assert log_of(again) == log_of(run)
-
-
-def test_fit__says_once_that_all_processes_stop(tmp_path: Path) -> None:
-    work = partial(peer_run, output=tmp_path, task=PoisonedPeer, skip_at_most=1)
-    told = together(2, work)
-    assert [peer.ended for peer in told] == [1, 1]
-    (said,) = (peer.error for peer in told if peer.error)
-    assert said.startswith("DamageError: loss or gradients are not finite in 2 steps in a row")

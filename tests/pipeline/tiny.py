@@ -16,7 +16,7 @@ from semmae.pipeline.options import TrainingOptions
 from semmae.pipeline.randomness import Purpose, streams, uniforms
 from semmae.pipeline.schedule import Draw
 from semmae.pipeline.tasks import Task
-from semmae.storage.checkpoints import load_checkpoint
+from semmae.storage.checkpoints import checkpoints, load_checkpoint
 
 IMAGES, BATCH, EPOCHS = 22, 4, 4
 PER_EPOCH = IMAGES // BATCH
@@ -170,3 +170,38 @@ class PoisonedTask(TinyTask):
         if self.optimizer_kind == "fused":
             return super().optimizer(learning_rate, options)
         return torch.optim.SGD(self.model.parameters(), lr=learning_rate, momentum=0.9)
+
+
+def at(run: Path, step: int) -> Path:
+    return dict(checkpoints(run))[step]
+
+
+def dumped(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "non-finite").glob("*"))
+
+
+def weighs_as(one: Path, other: Path) -> bool:
+    """Whether weights, optimiser and average are the same, to the bit."""
+    first, second = (
+        flat({**state["model"], "mean": state.get("ema"), "moments": state["optimizer"]["state"]})
+        for state in map(load_checkpoint, (one, other))
+    )
+    assert first.keys() == second.keys()
+    return all(
+        torch.equal(value, second[name]) for name, value in first.items() if value is not None
+    )
+
+
+def averages(
+    start: dict[str, Tensor], states: list[dict[str, Any]], decay: float
+) -> list[dict[str, Tensor]]:
+    """The average after each step, computed in float64 from the weights of the checkpoints."""
+    average, found = {name: value.double() for name, value in start.items()}, []
+    for count, state in enumerate(states, start=1):
+        kept = min(decay, (1 + count) / (10 + count))
+        average = {
+            name: kept * value + (1 - kept) * state["model"][name].double()
+            for name, value in average.items()
+        }
+        found.append(average)
+    return found
