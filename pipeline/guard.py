@@ -124,7 +124,7 @@ class _Flag:
     """One number on its way from the device to the host."""
 
     def __init__(self, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
+        on_gpu, self._device = device.type == "cuda", device
         self._host = torch.zeros((), pin_memory=on_gpu)
         self._seen = self._host.numpy()  # read without asking torch, which would wait for a GPU
         self._arrived = torch.cuda.Event(blocking=True) if on_gpu else None  # type: ignore[no-untyped-call]
@@ -132,7 +132,7 @@ class _Flag:
     def send(self, flag: Tensor) -> None:
         self._host.copy_(flag, non_blocking=True)
         if self._arrived is not None:
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(self._device))
 
     def read(self) -> bool:
         """What was sent last; waits until it is here."""
