@@ -31,6 +31,8 @@ class Task(abc.ABC):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of a batch, and further scalars to log.
 
+        Of a step that is skipped (`guard`), buffers of the model that this changed are put back.
+
         Args:
             batch: What ``data`` made, on the training device.
 

@@ -157,22 +157,24 @@ class _Training:
         self._parallel, self._parts = parallel, parts
         mine = parts // ranks.count()
         self._mine = range(ranks.rank() * mine, (ranks.rank() + 1) * mine)
-        self._meter, self._epoch_meter = Meter(), Meter()
-        self._precision = options.precision_on(device)
-        self._gradients = Gradients(
-            task, parallel, self._mine, options.seed, self._precision, device
-        )
+        self._meter, self.epoch_meter = Meter(), Meter()
+        precision = options.precision_on(device)
+        self._gradients = Gradients(task, parallel, self._mine, options.seed, precision, device)
         folder = dumps_folder(options.output)
         self._guard = Guard(task.model, optimizer, device, options.skip_at_most, folder)
         self._average = Average(task.model, options.ema) if options.ema else None
         self._unsettled: Step | None = None
+        facts = {"precision": precision, "device": device.type}
+        self._dump = partial(
+            dump, task=task, options=options, schedule=schedule, parallel=parallel, facts=facts
+        )
         names = {id(p): name for name, p in task.model.named_parameters()}
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         self._trained = {names[id(p)]: p for p in trained}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, whose weights and optimiser are loaded already."""
-        self._epoch_meter.load_state(state["meter"], self._device)
+        self.epoch_meter.load_state(state["meter"], self._device)
         self._guard.load_state(state["guard"])
         if self._average is not None:
             self._average.load_state(state["ema"], self._parallel)
@@ -232,17 +234,14 @@ class _Training:
         guard = self._guard
         if not guard.count():
             self._meter.add(step.scalars)
-            self._epoch_meter.add(step.scalars)
+            self.epoch_meter.add(step.scalars)
             if self._average is not None:
                 self._average.follow(step.number - guard.skipped)
             return
         if guard.dumps_next():
             first = step.number + 1 - guard.in_a_row
-            facts = {"precision": self._precision, "device": self._device.type}
-            kept = dump(
-                *(step, first, self._task, self._options, self._schedule, self._parallel, facts)
-            )
-            print(f"step {step.number} is skipped, {kept} says why", file=sys.stderr)
+            path = self._dump(step, first)
+            print(f"step {step.number} is skipped, see {path}", file=sys.stderr)
         guard.refuse_more(step.number)
 
     def _after_step(self, rate: float) -> dict[str, float]:
@@ -274,7 +273,7 @@ class _Training:
             {
                 "epoch": epoch,
                 "step": run.step,
-                **self._epoch_meter.means(),
+                **self.epoch_meter.means(),
                 **extra,
                 "skipped": self._guard.skipped,
                 "learning_rate": rate,
@@ -283,7 +282,7 @@ class _Training:
                 "seconds": seconds,
             }
         )
-        self._epoch_meter = Meter()
+        self.epoch_meter = Meter()
         self._begin_timing()
 
     def _save(self) -> None:
@@ -293,7 +292,7 @@ class _Training:
         if ranks.rank() != 0:
             return
         refuse_broken(model, run.step, options.output)
-        counts = {"meter": self._epoch_meter.state(), "guard": self._guard.state()}
+        counts = {"meter": self.epoch_meter.state(), "guard": self._guard.state()}
         if average is not None:
             counts["ema"] = {**model, **average}
         state = state_of(task, options, run.step, model, optimizer, counts)

@@ -202,11 +202,17 @@ def test_fit__saves_no_weight_that_the_last_step_broke(tmp_path: Path) -> None:
 # What is kept of them.
 
 
-def test_dump__says_what_was_computed_of_what(tmp_path: Path) -> None:
+def test_dump__says_what_was_computed_of_what(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fit(
         PoisonedTask(7, 8),
         options(tmp_path, micro_batch=2, checkpoint_steps=1, keep_checkpoints=0),
     )
+    said = capsys.readouterr().err
+    for step in (7, 8):
+        path = tmp_path / "non-finite" / f"step-{step:08d}.json"
+        assert said.count(f"step {step} is skipped, see {path}\n") == 1
     assert dumped(tmp_path) == [
         "step-00000007.json",
         "step-00000007.safetensors",
