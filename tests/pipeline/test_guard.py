@@ -40,10 +40,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # A step that is not finite.
 
 
-@pytest.mark.parametrize("how", ["loss", "gradients", "both"])
-@pytest.mark.parametrize("optimizer", ["fused", "plain"])
+IN_PARTS: dict[str, Any] = {"clip_gradients": 0.5, "micro_batch": 1}
+IN_BF16: dict[str, Any] = {"precision": "bf16", "ema": 0.9}
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, {"clip_gradients": 0.5, "micro_batch": 1}, {"precision": "bf16", "ema": 0.9}]
+    ("how", "optimizer", "changes"),
+    [
+        ("loss", "fused", {}),
+        ("gradients", "fused", {}),
+        ("both", "fused", IN_PARTS),
+        ("gradients", "fused", IN_PARTS),
+        ("both", "fused", IN_BF16),
+        ("loss", "plain", IN_BF16),
+        ("gradients", "plain", IN_PARTS),
+    ],
 )
 def test_fit__changes_nothing_in_a_step_that_is_not_finite(
     how: str, optimizer: str, changes: dict[str, Any], tmp_path: Path
@@ -135,7 +146,7 @@ def test_fit__resumes_to_the_bit_through_skipped_steps(tmp_path: Path) -> None:
     steps, settings = (2, 6, 7, 8, 13), {"checkpoint_steps": 2, "skip_at_most": 3, "ema": 0.9}
     whole = options(tmp_path / "whole", **settings)
     path = fit(PoisonedTask(*steps), whole)
-    for killed_at in (1, 2, 6, 7, 8, 13, 14):
+    for killed_at in (1, 6, 7, 8, 13):
         chosen = options(tmp_path / str(killed_at), **settings)
         killed = PoisonedTask(*steps)
         killed.fails_at = killed_at
