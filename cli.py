@@ -40,6 +40,7 @@ if typing.TYPE_CHECKING:
     from .stages.learn_parts import LearnPartsOptions
     from .stages.make_creatures import MakeCreaturesOptions
     from .stages.pretrain import PretrainOptions
+    from .stages.replay import ReplayOptions
     from .stages.show import ShowMasksOptions, ShowPartsOptions, ShowReconstructionsOptions
     from .stages.store_care import RepairPartsOptions
 
@@ -452,6 +453,14 @@ def _show(options: "ShowReconstructionsOptions") -> None:
     from .stages.show import show_reconstructions
 
     print(f"wrote {show_reconstructions(options)}")
+
+
+@command("stage2 replay", "replay:ReplayOptions", arguments=("dump",))
+def _replay(options: "ReplayOptions") -> None:
+    """Compute a step again whose loss or gradients were not finite, from its dump."""
+    from .stages.replay import replay
+
+    _print_metrics(replay(options))
 
 
 @command("export", "export:ExportOptions")

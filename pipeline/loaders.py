@@ -84,6 +84,10 @@ class _ImageData:
         """Load what forked workers should share."""
         self._images.warm()
 
+    def names(self, positions: NDArray[np.int64]) -> list[str]:
+        """Keys of the images that are drawn there; a bad one's neighbour is not named."""
+        return self._images.keys(positions)
+
 
 class PretrainingData(_ImageData):
     """Crops of a data set with their masks: what stage 2 trains on.

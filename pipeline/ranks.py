@@ -7,12 +7,15 @@ one, of rank 0, also writes what lasts.
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import MismatchError, SettingError
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
 """How long processes wait for each other."""
@@ -37,6 +40,23 @@ def wait() -> None:
     """Wait until all processes are here."""
     if count() > 1:
         dist.barrier()
+
+
+def refuse_strangers(kind: str) -> None:
+    """Refuse one of several processes that were not told of each other.
+
+    Args:
+        kind: What they would train, for the message.
+
+    Raises:
+        SettingError: The environment tells of several, and this one belongs to no group.
+    """
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked > 1 and not together():
+        raise SettingError(
+            f"WORLD_SIZE is {asked}, but this {kind} run trains in one process: start the command "
+            "without torchrun"
+        )
 
 
 def means(scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,21 +90,12 @@ def sum_of(tensor: Tensor) -> Tensor:
     return total
 
 
-def refuse_strangers(kind: str) -> None:
-    """Refuse one of several processes that were not told of each other.
-
-    Args:
-        kind: Of the run, for the message.
-
-    Raises:
-        SettingError: The environment speaks of several, and this process belongs to no group.
-    """
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked > 1 and not together():
-        raise SettingError(
-            f"WORLD_SIZE is {asked}, but this {kind} run trains in one process: start the command "
-            "without torchrun"
-        )
+def of_all(value: T) -> list[T]:
+    """What each process gives, by rank; it is pickled on the way."""
+    found = [value] * count()
+    if count() > 1:
+        dist.all_gather_object(found, value)
+    return found
 
 
 def refuse_disagreement(seen: Mapping[str, object]) -> None:
@@ -96,10 +107,7 @@ def refuse_disagreement(seen: Mapping[str, object]) -> None:
     Raises:
         MismatchError: Another one sees something else; raised in all processes alike.
     """
-    if count() == 1:
-        return
-    found: list[Mapping[str, object]] = [{}] * count()
-    dist.all_gather_object(found, dict(seen))
+    found = of_all(dict(seen))
     for name, first in found[0].items():
         for other, theirs in enumerate(found):
             if theirs[name] != first:

@@ -31,6 +31,8 @@ class Task(abc.ABC):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of a batch, and further scalars to log.
 
+        Of a step that is skipped (`guard`), buffers of the model that this changed are put back.
+
         Args:
             batch: What ``data`` made, on the training device.
 
@@ -50,11 +52,13 @@ class Task(abc.ABC):
     def begin(self, folder: Path) -> None:  # noqa: B027 (most tasks have nothing to do)
         """Called once the folder is found fit for the run, before its first step."""
 
-    def after_step(self, progress: float) -> None:  # noqa: B027 (most tasks have nothing to do)
+    def after_step(self, progress: float, kept: Tensor) -> None:  # noqa: B027 (as above)
         """Called after each optimiser step.
 
         Args:
             progress: Share of the run's steps that are done, above 0, at most 1.
+            kept: 1, or 0 where loss or gradients are not finite and nothing may change; a float32
+                scalar on the device, which would be waited for if it were read.
         """
 
     def flops(self, images: int) -> int | None:
