@@ -149,12 +149,23 @@ class PretrainingData(_ImageData):
             ``index`` int64 (B,).
         """
         crops = _cropped(self._images, draws, self._seed, self._scale, self._size)
+        alpha = self._masks.alpha(draws)
+        return {
+            "images": torch.from_numpy(crops.pixels),
+            "mask": torch.from_numpy(self._masks_of(crops, draws, alpha)),
+            "alpha": torch.from_numpy(alpha.astype(np.float32)),
+            "index": torch.from_numpy(indices(draws)),
+        }
+
+    def _masks_of(
+        self, crops: _Crops, draws: Sequence[Draw], alpha: NDArray[np.float64]
+    ) -> NDArray[np.bool_]:
+        """The masks of some crops, bool (B, L), from maps cropped and flipped as they were."""
         maps = None
         if self._maps is not None:
             maps = self._maps.of(crops.positions)
             maps = crop_maps(maps, crops.boxes, crops.sizes, self._grid, crops.mirrored)
-        alpha = self._masks.alpha(draws)
-        mask = POLICIES[self._masks.policy].masks(
+        return POLICIES[self._masks.policy].masks(
             MaskRequest(
                 grid=self._grid,
                 mask_ratio=self._masks.mask_ratio,
@@ -164,12 +175,6 @@ class PretrainingData(_ImageData):
                 parts=self._parts,
             )
         )
-        return {
-            "images": torch.from_numpy(crops.pixels),
-            "mask": torch.from_numpy(mask),
-            "alpha": torch.from_numpy(alpha.astype(np.float32)),
-            "index": torch.from_numpy(indices(draws)),
-        }
 
 
 class SquashedData(_ImageData):
