@@ -1,4 +1,4 @@
-"""What the loader of pretraining costs beside the official recipe, and how soon and small it starts.
+"""What the loader of pretraining costs beside the official recipe; how soon and small it starts.
 
 Run: ``python -m semmae.benchmarks.loader [speed | start | all] [--images FOLDER] [--count 200]
 [--rounds 15] [--started 1281167]``.
@@ -6,17 +6,18 @@ Run: ``python -m semmae.benchmarks.loader [speed | start | all] [--images FOLDER
 FOLDER holds photographs at full resolution, as ``--data`` takes them; without one, JPEGs of the
 size and bytes of ImageNet's are made of generated creatures.
 
-**speed**: batches of stage 2 at 224 pixels (read, decode, crop, flip, semantic mask) from the images
-themselves, and from a part store's cache of JPEGs and of raw pixels at short side 256.  The official
-recipe beside them is torchvision's ImageFolder (PIL, converted to RGB) with RandomResizedCrop
-(bicubic) and flip; ratios are to the recipe up to here, and then with ToTensor, Normalize and
-collation, too.  A round takes the CPU time of each subject in turn, on one thread, files in the
-system's page cache; a ratio is to the recipe of the same round.  Pixels are compared in the same
-boxes, the recipe's turned upright as EXIF says.  What maps and masks cost is timed inside the batches.
+**speed**: batches of stage 2 at 224 pixels (read, decode, crop, flip, semantic mask) from the
+images themselves, and from a part store's cache of JPEGs and of raw pixels at short side 256.  The
+official recipe beside them is torchvision's ImageFolder (PIL, converted to RGB) with
+RandomResizedCrop (bicubic) and flip; ratios are to the recipe up to here, and then with ToTensor,
+Normalize and collation, too.  A round takes the CPU time of each subject in turn, on one thread,
+files in the system's page cache; a ratio is to the recipe of the same round.  Pixels are compared
+in the same boxes, the recipe's turned upright as EXIF says.  What maps and masks cost is timed
+inside the batches.
 
-**start**: a part store of made-up parts, and a folder of as many images, links to the few; a process
-makes the data and the loader of a run with two workers and takes batches.  A worker's own memory
-are its private pages, less those of a worker of a process that imported torch alone.
+**start**: a part store of made-up parts, and a folder of as many images, links to the few; a
+process makes the data and the loader of a run with two workers and takes batches.  A worker's own
+memory is its private pages, less those of a loader worker of a process that imported torch alone.
 """
 
 import argparse
@@ -41,7 +42,7 @@ import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
@@ -65,7 +66,9 @@ from semmae.storage.part_identity import META_SCHEMA, StoreIdentity, shard_size_
 from semmae.storage.part_store import PartStore
 from semmae.storage.part_writer import create_store, write_shard
 
-SIDE, CROP, BATCH, WORKERS = 256, 224, 64, 2
+SIDE, CROP, BATCH = 256, 224, 64
+WORKERS, WATCHED = 2, 20
+"""Loader workers of a start, and batches that they are watched for."""
 GRID, PARTS, SCALE = (14, 14), 7, (0.2, 1.0)
 MODULE = "semmae.benchmarks.loader"
 OFFICIAL, WITH_TENSOR = "official recipe", "official recipe, with its tensor"
@@ -97,7 +100,7 @@ def chosen_images(folder: Path, count: int, place: Path) -> Plan:
 
 
 def store_of(plan: Plan, path: Path, form: str) -> PartStore:
-    """A store of the images with made-up parts, as smooth as real ones, and with a cache or none."""
+    """A store of the images with made-up parts, smooth as real ones, and with a cache or none."""
     identity = StoreIdentity(
         images=len(plan),
         shard_size=shard_size_for(len(plan)),
@@ -148,9 +151,11 @@ def meta_of(plan: Plan, start: int, stop: int) -> pa.Table:
 # Speed.
 
 
-def data_of(images: ImageSource, store: PartStore) -> PretrainingData:
+def data_of(
+    images: ImageSource, store: PartStore, kind: type[PretrainingData] = PretrainingData
+) -> PretrainingData:
     masks = MaskSchedule(policy="semantic", mask_ratio=0.75, gamma=2.0, start=0.0, end=1.0)
-    return PretrainingData(
+    return kind(
         images,
         PartMaps(store.labels(), np.arange(len(images))),
         PARTS,
@@ -194,9 +199,7 @@ def recipe(folder: str, *last: Any) -> ImageFolder:
     """The images as MAE's released code augments them."""
     bicubic = transforms.InterpolationMode.BICUBIC
     crop = transforms.RandomResizedCrop(CROP, scale=SCALE, interpolation=bicubic)
-    return ImageFolder(
-        folder, transforms.Compose([crop, transforms.RandomHorizontalFlip(), *last])
-    )
+    return ImageFolder(folder, transforms.Compose([crop, transforms.RandomHorizontalFlip(), *last]))
 
 
 def official(images: ImageFolder, collate: Callable[[list[Any]], Any]) -> None:
@@ -260,8 +263,7 @@ def speed(given: argparse.Namespace, work: Path) -> None:
     jpeg_store = store_of(plan, work / "jpeg", "jpeg")
     images, jpeg = ImageSource(plan), cache_images(plan, jpeg_store)
     raw = cache_images(plan, raw_store)
-    data = data_of(images, raw_store)
-    data.__class__ = Parts
+    data = data_of(images, raw_store, Parts)
     assert isinstance(data, Parts)
     shares = []
 
@@ -343,24 +345,20 @@ def bare_memory() -> float:
 def started(given: argparse.Namespace, work: Path) -> None:
     """A process that starts the loader as a run does; prints what it took."""
     torch.set_num_threads(1)
-    began = time.time()
-    options = PretrainOptions(
-        data=str(given.data), parts=given.store, output=work
-    )
+    began, spent = time.time(), time.process_time()
+    options = PretrainOptions(data=str(given.data), parts=given.store, output=work)
     data = pretraining_data(options)
-    _ = data.fingerprint
-    listed = time.time() - began
+    made: dict[str, Any] = {"fingerprint": data.fingerprint}  # a run keeps and compares it
+    made |= {"data": time.time() - began, "cpu": time.process_time() - spent, "memory": 0.0}
     schedule = Schedule(len(data), BATCH, options.epochs, options.warmup_epochs, 1.0)
     sampler = BatchSampler(schedule, options.seed, 0, 1)
-    made = {"images": len(data), "before": began - given.began, "data": listed, "memory": 0.0}
     with closing(batches_of(data, sampler, WORKERS, torch.device("cpu"))) as loaded:
         for number, _ in enumerate(loaded):
             made.setdefault("first", time.time() - began)
-            workers = children()
-            made["memory"] = max(made["memory"], *map(own_memory, workers))
-            if number == given.count // BATCH:
+            made["memory"] = max([made["memory"], *map(own_memory, children())])
+            if number == WATCHED:
                 break
-    print(json.dumps({**made, "workers": len(workers)}))
+    print(json.dumps(made))
 
 
 def start(given: argparse.Namespace, work: Path) -> None:
@@ -371,18 +369,18 @@ def start(given: argparse.Namespace, work: Path) -> None:
     print(f"all of them listed with their sizes: {time.time() - began:.1f} s", flush=True)
     store_of(plan, work / "store", "")
     bare = bare_memory()
-    for turn in ("first start", *["later start"] * 3):
-        command = [sys.executable, "-m", MODULE, "started", "--data", str(data), "--store"]
-        flags = [str(work / "store"), "--began", str(time.time()), "--count", str(given.count)]
+    command = [sys.executable, "-m", MODULE, "started", "--data", str(data)]
+    command += ["--store", str(work / "store")]
+    for turn in ("with part maps yet to be decoded", *["with part maps kept"] * 3):
         done = subprocess.run(
-            [*command, *flags], env=ONE_THREAD, stdout=subprocess.PIPE, text=True, check=True
+            command, env=ONE_THREAD, stdout=subprocess.PIPE, text=True, check=True
         )
         made = json.loads(done.stdout)
         print(
-            f"{turn}: first batch {made['first']:.1f} s after the imports (wanted 5), of which "
-            f"{made['data']:.1f} s for the data; imports {made['before']:.1f} s; a worker "
-            f"{made['memory']:.0f} MB of its own, {made['memory'] - bare:.0f} MB above one that "
-            f"imported torch alone (wanted 300)",
+            f"start {turn}: first batch after {made['first']:.1f} s (wanted 5), of which "
+            f"{made['data']:.1f} s for the data ({made['cpu']:.1f} s CPU time); a worker "
+            f"{made['memory']:.0f} MB, {made['memory'] - bare:.0f} MB above one that imported "
+            "torch alone (wanted 300)",
             flush=True,
         )
 
@@ -397,7 +395,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where there is room; the system's by default")
     for inner in ("data", "store"):
         parser.add_argument(f"--{inner}", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="semmae-loader-", dir=given.folder) as folder:
         work = Path(folder)

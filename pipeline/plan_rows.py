@@ -234,7 +234,7 @@ def _in_order(run: pa.Table) -> pa.Table:
 
 
 def first_disorder(table: pa.Table) -> int | None:
-    """Position of the first row that does not come before the next one in a plan, None if all do."""
+    """Position of the first row of a listing that is not before the next one, None if all are."""
     before, after = table.slice(0, max(len(table) - 1, 0)), table.slice(1)
     same_file = pc.equal(before["path"], after["path"])
     ascending = pc.or_(

@@ -204,7 +204,7 @@ def test_list_images__keeps_few_folders_in_memory(
     plain = LocalRoot.scan
 
     def watched(
-        root: LocalRoot, folder: str, endings: Collection[str], sizes: bool
+        root: LocalRoot, folder: str, endings: Collection[str], sizes: bool = True
     ) -> FolderListing:
         nonlocal most
         listing = plain(root, folder, endings, sizes)
