@@ -159,11 +159,28 @@ class PretrainingData(_ImageData):
             it follows any.
         """
         crops = _cropped(self._images, draws, self._seed, self._scale, self._size)
+        alpha = self._masks.alpha(draws)
+        mask, parts = self._masks_of(crops, draws, alpha)
+        followed = {} if parts is None else {"parts": torch.from_numpy(parts)}
+        return {
+            "images": torch.from_numpy(crops.pixels),
+            "mask": torch.from_numpy(mask),
+            "alpha": torch.from_numpy(alpha.astype(np.float32)),
+            "index": torch.from_numpy(indices(draws)),
+            **followed,
+        }
+
+    def _masks_of(
+        self, crops: _Crops, draws: Sequence[Draw], alpha: NDArray[np.float64]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.uint8] | None]:
+        """The masks of some crops, bool (B, L), from maps cropped and flipped as they were.
+
+        Beside them those maps, uint8 (B, L), where they are of parts.
+        """
         maps = None
         if self._maps is not None:
             maps = self._maps.of(crops.positions)
             maps = crop_maps(maps, crops.boxes, crops.sizes, self._grid, crops.mirrored)
-        alpha = self._masks.alpha(draws)
         mask = POLICIES[self._masks.policy].masks(
             MaskRequest(
                 grid=self._grid,
@@ -174,16 +191,9 @@ class PretrainingData(_ImageData):
                 parts=self.parts,
             )
         )
-        batch = {
-            "images": torch.from_numpy(crops.pixels),
-            "mask": torch.from_numpy(mask),
-            "alpha": torch.from_numpy(alpha.astype(np.float32)),
-            "index": torch.from_numpy(indices(draws)),
-        }
-        if maps is not None and maps.dtype == np.uint8:
-            parts = np.ascontiguousarray(maps.reshape(mask.shape))
-            batch["parts"] = torch.from_numpy(parts)
-        return batch
+        if maps is None or maps.dtype != np.uint8:
+            return mask, None
+        return mask, np.ascontiguousarray(maps.reshape(mask.shape))
 
 
 class SquashedData(_ImageData):

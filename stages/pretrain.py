@@ -190,13 +190,17 @@ def pretraining_data(options: PretrainOptions) -> PretrainingData:
 
     Raises:
         SettingError: The masking or the image cache needs a part store and none was named.
-        MismatchError: The store is of other images.
+        MismatchError: The store is of other images.  Those that have another size than it knows
+            are refused when they are read.
         MissingError: The store keeps no images, and its cache is to be read, or no attention, and
             masks are to follow it.
     """
     if options.images == "cache" and options.parts is None:
         raise SettingError("--images cache needs --parts: the part store that keeps the images")
-    plan = list_images(options.data, options.split)
+    store = PartStore.open(options.parts) if options.parts is not None else None
+    # By name, beside the store: to look at each of a million files would take most of the start.
+    known = store.plan_tables() if store is not None else None
+    plan = list_images(options.data, options.split, known)
     masks = MaskSchedule(
         policy=options.masking,
         mask_ratio=options.mask_ratio,
@@ -206,8 +210,7 @@ def pretraining_data(options: PretrainOptions) -> PretrainingData:
         epochs=options.epochs if options.alpha_by == "epoch" else None,
     )
     images, maps, parts, fingerprint, background = ImageSource(plan), None, 0, "", None
-    if options.parts is not None:
-        store = PartStore.open(options.parts)
+    if store is not None:
         rows, places = join_store(plan, store)
         if options.images == "cache":
             images = CachedImages(plan, rows, store, places)

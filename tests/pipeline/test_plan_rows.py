@@ -78,6 +78,25 @@ def test_plan__in_a_file_refuses_an_image_twice_and_labels_without_a_name(short_
         Plan("/data", sorted_rows(pieces(40)), NAMES[:1])
 
 
+def test_sorted_rows__sorts_only_what_is_out_of_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a-b/0.jpg", "a/1.jpg", "a/2.jpg", "b/0.jpg"]
+
+    def rows_of(order: list[str]) -> pa.Table:
+        count = len(order)
+        listed = [listed_rows([name], [-1], [5], [-1]) for name in order]
+        rows = sorted_rows(listed)
+        assert isinstance(rows, pa.Table)
+        assert rows["index"].to_pylist() == list(range(count))
+        return rows
+
+    scattered = rows_of([names[2], names[0], names[3], names[1]])
+    assert scattered["path"].to_pylist() == scattered["key"].to_pylist() == names
+    monkeypatch.setattr(plan_rows, "_ORDER", [("no such column", "ascending")])
+    with pytest.raises(pa.ArrowInvalid):
+        rows_of(names[::-1])
+    assert rows_of(names).equals(scattered)
+
+
 def test_sorted_rows__says_where_there_is_no_room(
     short_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +228,6 @@ def test_pretrain__alpha_by_epoch_is_the_same_all_through_it(world: World, tmp_p
 
 
 def test_pretrain__an_incomplete_store_is_refused(world: World, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(world.store, tmp_path / "store")
     (tmp_path / "store" / "complete.json").unlink()
     options = pretrain_options(world, tmp_path / "run", masking="semantic")
@@ -236,6 +235,39 @@ def test_pretrain__an_incomplete_store_is_refused(world: World, tmp_path: Path) 
 
     with pytest.raises(DamageError, match="not complete"):
         pretrain(replace(options, parts=tmp_path / "store"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pretrain__refuses_images_that_changed_since_their_parts_were_made(
+    workers: int, world: World, tmp_path: Path
+) -> None:
+    shutil.copytree(world.data, tmp_path / "images")
+    settings = {"data": str(tmp_path / "images"), "parts": world.store, "masking": "semantic"}
+    options = pretrain_options(world, tmp_path / "run", **settings, loader_workers=workers)
+    first, last = (tmp_path / "images" / list_images(world.data, "train").key(i) for i in (0, 71))
+    extra = first.with_name("one-more.png")
+    shutil.copy(last, extra)
+    with pytest.raises(
+        MismatchError, match=f"lacks 1 of 73 .*{extra.name} first; run extract-parts"
+    ):
+        pretrain(options)
+    extra.unlink()
+    for image in (tmp_path / "images").rglob("*.png"):
+        image.write_bytes(image.read_bytes() + b"!")
+    with pytest.raises(MismatchError, match=r"\.png has \d+ bytes, and had \d+ when it was listed"):
+        pretrain(options)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_pretrain__trains_on_what_is_left_of_the_images(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.data, tmp_path / "images")
+    plan = list_images(tmp_path / "images", "train")
+    Path(plan.root, plan.key(5)).unlink()
+    options = pretrain_options(world, tmp_path / "run", parts=world.store, masking="semantic")
+    data = pretraining_data(dataclasses.replace(options, data=str(tmp_path / "images")))
+    whole = pretraining_data(options)
+    assert (len(data), len(whole)) == (71, 72)
+    assert data.fingerprint != whole.fingerprint
 
 
 def test_pretrain__a_store_of_other_images_is_refused(world: World, tmp_path: Path) -> None:
