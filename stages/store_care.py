@@ -95,7 +95,8 @@ def repair_parts(options: RepairPartsOptions) -> list[Fault]:
     Raises:
         MissingError: There is no store, or no record of the run that made it.
         SettingError: A setting does not belong to the command that made the store.
-        MismatchError: Images, learner or labels are no longer those of the store.
+        MismatchError: Images, learner or labels are no longer those of the store; an image that
+            kept its size is told by meta rows that still stand.
         DamageError: Something could not be mended, such as foreign files.
     """
     before = verify_parts(options.parts)
