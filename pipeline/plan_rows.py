@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -96,7 +95,7 @@ def _strings(values: Any) -> pa.Array | pa.ChunkedArray:
 class FiledRows(Sequence[pa.Table]):
     """Rows of a plan in a file, as tables of `TABLE_ROWS` rows that are read when asked for.
 
-    The file may lose its name while it is open; pickled, the rows go into memory.
+    The file needs no name while it is open; pickled, the rows go into memory.
 
     Args:
         file: Where `_write` put them.
@@ -173,12 +172,11 @@ def sorted_rows(pieces: Iterable[pa.Table]) -> pa.Table | FiledRows:
     if len(begun) < 2:
         return _numbered(begun[0] if begun else _LISTED_SCHEMA.empty_table(), 0)
     try:
-        with tempfile.TemporaryDirectory(prefix="semmae-plan-") as folder:
-            kept: list[FiledRows] = []
-            while begun:
-                kept.append(_written(Path(folder, str(len(kept))), [begun.popleft()]))
-                begun.extend(islice(runs, 1))
-            return _written(Path(folder, "plan"), _merged(kept))
+        kept: list[FiledRows] = []
+        while begun:
+            kept.append(_written([begun.popleft()]))
+            begun.extend(islice(runs, 1))
+        return _written(_merged(kept))
     except UserError:
         raise
     except OSError as error:
@@ -203,14 +201,16 @@ def _numbered(table: pa.Table, start: int) -> pa.Table:
     return pa.table([index, *table.columns], schema=PLAN_SCHEMA)
 
 
-def _written(place: Path, tables: Iterable[pa.Table]) -> FiledRows:
-    """Tables put into a file, to be read again."""
+def _written(tables: Iterable[pa.Table]) -> FiledRows:
+    """Tables put into a file without a name, to be read again; a kill leaves nothing of it."""
     options = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
-    with pa.OSFile(str(place), "wb") as sink:
-        writer = None
-        for table in tables:
-            writer = writer or pa.ipc.new_file(sink, table.schema, options=options)
-            writer.write_table(table.combine_chunks(), TABLE_ROWS)
-        if writer is not None:
-            writer.close()
-    return FiledRows(pa.OSFile(str(place)))
+    with tempfile.TemporaryFile() as file:
+        place = f"/dev/fd/{file.fileno()}"
+        with pa.OSFile(place, "wb") as sink:
+            writer = None
+            for table in tables:
+                writer = writer or pa.ipc.new_file(sink, table.schema, options=options)
+                writer.write_table(table.combine_chunks(), TABLE_ROWS)
+            if writer is not None:
+                writer.close()
+        return FiledRows(pa.OSFile(place))

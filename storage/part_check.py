@@ -6,18 +6,17 @@ each record carries its own checksum, and ``complete.json`` vouches for the reco
 
 import contextlib
 import functools
-import re
-import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DamageError, MissingError, UserError
 from .files import damage_of, read_json, record_crc32, write_json
+from .leftovers import is_leftover, sweep
 from .lookahead import each_in
 from .part_identity import VERSION, StoreIdentity
 from .part_records import (
+    UNLASTING,
     WAY_OUT,
     commit_name,
     commit_path,
@@ -27,12 +26,6 @@ from .part_records import (
 )
 from .part_writer import uncommit
 from .store_paths import StorePath, sizes_below
-
-_LEFTOVER = re.compile(r"\..*\.[0-9a-f]{32}\.tmp", re.DOTALL)
-_LEFTOVER_SECONDS = 3600
-
-_NO_PART = frozenset(("runs", "cache"))
-"""Folders of a store that are no part of what it is."""
 
 
 class Fault(NamedTuple):
@@ -156,8 +149,8 @@ def foreign_objects(path: StorePath) -> list[Fault]:
         Fault(name, "is foreign: no record of the store knows it")
         for name in sorted(sizes_below(path), key=lambda name: name.split("/"))
         if name not in known
-        and name.partition("/")[0] not in _NO_PART
-        and not _LEFTOVER.fullmatch(name.rpartition("/")[2])
+        and name.partition("/")[0] not in UNLASTING
+        and not is_leftover(name.rpartition("/")[2])
     ]
 
 
@@ -212,29 +205,11 @@ def _later_commits(path: StorePath) -> set[int]:
     return {int(shard) for shard, later in found if later}
 
 
-def _sweep(path: StorePath) -> None:
-    """Remove temporary files of `atomic_file` that killed writers left; they only cost space.
-
-    Object storage has none.
-
-    A live writer touches its file all the time.  Should a clock be wrong by more than the limit,
-    its rename fails and its shard stays uncommitted; nothing that stands is ever lost.
-    """
-    if not isinstance(path, Path):
-        return
-    oldest = time.time() - _LEFTOVER_SECONDS
-    for place in path.rglob(".*.tmp"):
-        # Another process may sweep too, and the disk may be read-only.
-        with contextlib.suppress(OSError):
-            known = _LEFTOVER.fullmatch(place.name) and place.is_file() and not place.is_symlink()
-            if known and place.stat().st_mtime < oldest:
-                place.unlink()
-
-
 def complete_store(path: StorePath) -> dict[str, Any]:
     """Verify the whole store and write ``complete.json``, without which it cannot be opened.
 
-    Temporary files of killed writers are removed where they were not written to for an hour.
+    What killed writers left is removed: temporary files that were not written to for an hour, on S3
+    uploads that were not ended.
 
     Args:
         path: Folder of the store.
@@ -252,9 +227,10 @@ def complete_store(path: StorePath) -> dict[str, Any]:
     plan, identity = read_set_up(path)
     faults = check_plan(path)
     totals = {"ok": 0, "bad": 0}
-    commits = {}
+    commits, names = {}, set(plan["objects"])
     for check in check_shards(path):
         faults += check.faults
+        names |= set(check.commit.get("objects", ()))
         if not check.faults:
             totals = {name: count + check.commit[name] for name, count in totals.items()}
             commits[f"{check.shard:05d}"] = record_crc32(check.commit)
@@ -264,7 +240,7 @@ def complete_store(path: StorePath) -> dict[str, Any]:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         told = "; ".join(map(str, faults[:8]))
         raise DamageError(f"the part store {path} is not complete: {told}{more}; {WAY_OUT}")
-    _sweep(path)
+    sweep(path, names)
     record = {
         "version": VERSION,
         "images": identity.images,
