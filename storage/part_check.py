@@ -6,15 +6,16 @@ each record carries its own checksum, and ``complete.json`` vouches for the reco
 
 import contextlib
 import functools
+import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import DamageError, MissingError, UserError
 from .files import damage_of, read_json, record_crc32, write_json
 from .leftovers import is_leftover, sweep
 from .lookahead import each_in
-from .part_identity import VERSION, StoreIdentity
+from .part_identity import VERSION
 from .part_records import (
     UNLASTING,
     WAY_OUT,
@@ -26,6 +27,8 @@ from .part_records import (
 )
 from .part_writer import uncommit
 from .store_paths import StorePath, sizes_below
+
+_COMMIT = re.compile(r"\d{5}\.json")
 
 
 class Fault(NamedTuple):
@@ -112,19 +115,59 @@ def check_shards(path: StorePath, shards: Iterable[int] | None = None) -> Iterat
         DamageError: The store's ``plan.json`` is damaged.
     """
     plan, identity = read_set_up(path)
-    check = functools.partial(_check_shard, path, identity, record_crc32(plan))
+    check = functools.partial(
+        _check_shard, path, functools.partial(read_commit, path, identity), record_crc32(plan)
+    )
     yield from each_in(path, check, range(identity.shards) if shards is None else shards)
 
 
-def _check_shard(path: StorePath, identity: StoreIdentity, plan: int, shard: int) -> ShardCheck:
+def check_shards_alone(path: StorePath) -> Iterator[ShardCheck]:
+    """Check every object of the shards there are where ``plan.json`` is damaged or gone.
+
+    Which shards there must be is known from ``complete.json``, if that is sound.
+
+    Args:
+        path: Folder of the store.
+
+    Yields:
+        What was found in each shard, in order.
+    """
+    complete: dict[str, Any] = {}
+    with contextlib.suppress(DamageError, MissingError):
+        complete = read_json(path / "complete.json")
+
+    def read(shard: int) -> dict[str, Any]:
+        commit = read_json(commit_path(path, shard))
+        if commit.get("shard") != shard:
+            raise DamageError(f"the record {commit_path(path, shard)} is not that of its shard")
+        return commit
+
+    names = {place.name for place in (path / "commits").glob("*.json")}
+    names |= {f"{shard}.json" for shard in complete.get("commits", ())}
+    shards = sorted(int(name[:5]) for name in names if _COMMIT.fullmatch(name))
+    check = functools.partial(_check_shard, path, read, complete.get("plan"))
+    yield from each_in(path, check, shards)
+
+
+def _check_shard(
+    path: StorePath, read: Callable[[int], dict[str, Any]], plan: int | None, shard: int
+) -> ShardCheck:
+    """Check a shard.
+
+    Args:
+        path: Folder of the store.
+        read: Reads a commit record, and checks that it is the one of the shard.
+        plan: CRC-32 of ``plan.json``, if that is known.
+        shard: Number of the shard.
+    """
     name = commit_name(shard)
     try:
-        commit = read_commit(path, identity, shard)
+        commit = read(shard)
     except MissingError:
         return ShardCheck(shard, {}, [Fault(name, "is missing: the shard is not committed")])
     except DamageError:
         return ShardCheck(shard, {}, [Fault(name, "is not what was written")])
-    if commit["plan"] != plan:
+    if plan is not None and commit["plan"] != plan:
         return ShardCheck(shard, {}, [Fault(name, "is that of another store")])
     wrong = ((name, damage_of(path / name, known)) for name, known in commit["objects"].items())
     return ShardCheck(shard, commit, [Fault(name, reason) for name, reason in wrong if reason])
