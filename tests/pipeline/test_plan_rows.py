@@ -70,6 +70,15 @@ def test_plan__is_the_same_in_memory_and_in_a_file(images: int, short_runs: Path
     assert pickle.loads(pickle.dumps(long)).table.equals(short.table)
 
 
+def test_sorted_rows__has_no_named_file_that_a_kill_would_leave(short_runs: Path) -> None:
+    def watched() -> Iterator[pa.Table]:
+        for piece in pieces(150):
+            assert list(short_runs.iterdir()) == []
+            yield piece
+
+    assert sorted_rows(watched()).num_rows == 150
+
+
 def test_plan__in_a_file_refuses_an_image_twice_and_labels_without_a_name(short_runs: Path) -> None:
     twice = [*pieces(40), listed_rows(["b.tar"], [1], [3], [0], ["again.jpg"], [0])]
     with pytest.raises(ValueError, match=r"again.jpg' stands before|stands before '.*again.jpg"):

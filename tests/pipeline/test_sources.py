@@ -213,7 +213,7 @@ def test_list_images__keeps_few_folders_in_memory(
         return listing
 
     monkeypatch.setattr(LocalRoot, "scan", watched)
-    monkeypatch.setattr(plan_rows, "RUN_ROWS", 10)
+    monkeypatch.setattr(plan_rows, "RUN_ROWS", 2)
     found = list_images(tmp_path)
     assert found.sizes.tolist() == list(range(folders))
     assert most < 100
