@@ -24,7 +24,7 @@ import typer.core
 import typer.main
 
 from . import __version__
-from .errors import DamageError, MissingError, SettingError, UserError
+from .errors import DamageError, MismatchError, MissingError, SettingError, UserError
 from .storage.store_paths import StorePath, store_path
 
 if typing.TYPE_CHECKING:
@@ -40,6 +40,7 @@ if typing.TYPE_CHECKING:
     from .stages.learn_parts import LearnPartsOptions
     from .stages.make_creatures import MakeCreaturesOptions
     from .stages.pretrain import PretrainOptions
+    from .stages.replay import ReplayOptions
     from .stages.show import ShowMasksOptions, ShowPartsOptions, ShowReconstructionsOptions
     from .stages.store_care import RepairPartsOptions
 
@@ -454,6 +455,14 @@ def _show(options: "ShowReconstructionsOptions") -> None:
     print(f"wrote {show_reconstructions(options)}")
 
 
+@command("stage2 replay", "replay:ReplayOptions", arguments=("dump",))
+def _replay(options: "ReplayOptions") -> None:
+    """Compute a step again whose loss or gradients were not finite, from its dump."""
+    from .stages.replay import replay
+
+    _print_metrics(replay(options))
+
+
 @command("export", "export:ExportOptions")
 def _export(options: "ExportOptions") -> None:
     """Write a checkpoint as timm or MAE's own code loads it."""
@@ -519,19 +528,35 @@ def _info(store: Annotated[str, typer.Argument(help="Part store.")]) -> None:
 
 
 @groups["parts"].command("verify")
-def _verify(store: Annotated[str, typer.Argument(help="Part store.")]) -> None:
+def _verify(
+    store: Annotated[str, typer.Argument(help="Part store.")],
+    data: Annotated[
+        str | None, typer.Option(help="Also read its images there, and name those that changed.")
+    ] = None,
+) -> None:
     """Read every byte of a part store and name what is damaged, missing or foreign."""
+    from .stages.image_check import changed_images
     from .stages.store_care import verify_parts
 
-    faults = verify_parts(store_path(store))
+    path = store_path(store)
+    faults, changed = verify_parts(path), 0
     for fault in faults:
         print(fault)
+    for image in changed_images(path, data) if data else ():
+        print(image)
+        changed += 1
     if faults:
         raise DamageError(
             f"{len(faults)} objects of {store} are not as they were written: "
             f"`semmae parts repair {store}` mends what can be mended"
         )
-    print(f"{store} is what was written, to the byte")
+    if changed:
+        raise MismatchError(
+            f"{changed} images in {data} are not those that {store} was made of: put those back, "
+            f"or make a new store by `semmae stage1 extract-parts --update {store}`"
+        )
+    also = f", and its images are those in {data}" if data else ""
+    print(f"{store} is what was written, to the byte{also}")
 
 
 @command("parts repair", "store_care:RepairPartsOptions", arguments=("parts",))

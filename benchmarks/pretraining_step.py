@@ -5,11 +5,11 @@ Run it::
     python -m semmae.benchmarks.pretraining_step [--size base] [--batch 8] [--rounds 9]
         [--precision fp32]
 
-A step is loss, gradients and AdamW.  The plain step is MAE's as it is usually written: a
-convolution embeds all patches, decoder and loss see all of them, AdamW goes through lists of
-tensors, and the faster of timm's two attention paths is taken.  The limit is every matrix product
-of our step, forward and backward, attention's among them, and nothing else.  All are timed in turn,
-one thread, CPU time; GPUs by events.
+A step is loss, gradients and AdamW; its FLOPs are counted as training counts them for its logs.
+The plain step is MAE's as it is usually written: a convolution embeds all patches, decoder and loss
+see all of them, AdamW goes through lists of tensors, and the faster of timm's two attention paths
+is taken.  The limit is every matrix product of our step, forward and backward, attention's among
+them, and nothing else.  All are timed in turn, one thread, CPU time; GPUs by events.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from semmae.models.autoencoder import SIZES, Architecture, MaskedAutoencoder
 from semmae.models.vision import normalise, patchify
+from semmae.pipeline.flops import FlopCount
 from semmae.pipeline.mask_counts import visible_count
 from semmae.pipeline.masks import random_masks
 from semmae.pipeline.tasks import decay_groups
@@ -199,7 +200,11 @@ def main() -> None:
     own = np.array(taken["ours"])
     best = min(list(subjects)[1:3], key=lambda name: np.mean(taken[name]))
     print(f"{given.size}/{given.patch_size}, batch {given.batch}, {given.precision}, {device}:")
+    with FlopCount() as count:
+        step()
+    done = count.flops / 1e12
     print(f"{own.mean() / given.batch * 1e3:.1f} ms an image")
+    print(f"{done / given.batch:.4f} TFLOP an image, {done / own.mean():.3f} TFLOP/s")
     print(f"over the plain step ({best}): {interval((np.array(taken[best]) / own).tolist())}")
     print(f"share of the limit: {interval((np.array(taken['limit']) / own).tolist())}")
 

@@ -280,7 +280,13 @@ class MaskedAutoencoder(nn.Module):
     def forward(
         self, images: Tensor, mask: Tensor, visible: int, predicted: int | None = None
     ) -> Tensor:
-        """The loss of each image.
+        """The loss of each image, float32 (B,): the mean of `patch_losses`."""
+        return self.patch_losses(images, mask, visible, predicted)[0].mean(dim=1)
+
+    def patch_losses(
+        self, images: Tensor, mask: Tensor, visible: int, predicted: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each predicted patch.
 
         Args:
             images: uint8 (B, H, W, 3), RGB.
@@ -292,7 +298,8 @@ class MaskedAutoencoder(nn.Module):
                 instead of 785 tokens.
 
         Returns:
-            float32 (B,): squared error, mean over the predicted patches and their pixels.
+            float32 (B, K): squared error, mean over a patch's pixels; and int64 (B, K), which
+            patches these are.
         """
         self._choose_attention(images.device.type)
         patches, order = self._prepare(images, mask)
@@ -302,7 +309,7 @@ class MaskedAutoencoder(nn.Module):
             order = torch.cat([order[:, :visible], order[:, visible:].gather(1, kept)], dim=1)
         made = self.decode(self.encode(patches, order[:, :visible]), order, visible)
         target = self.target(_take(patches, order[:, visible:]))
-        return (made.float() - target).square().mean(dim=(1, 2))
+        return (made.float() - target).square().mean(dim=2), order[:, visible:]
 
     def _choose_attention(self, device_type: str) -> None:
         """Take the faster of timm's two ways: the plain one in bfloat16 on CPUs, else the fused.

@@ -42,16 +42,18 @@ class Distillation(nn.Module):
         return self
 
     @torch.no_grad()
-    def follow(self, momentum: float) -> None:
+    def follow(self, momentum: float, kept: Tensor) -> None:
         """Move the teacher a step towards the student.
 
         Args:
             momentum: Share of the teacher that stays, 0 to 1.
+            kept: 1, or 0 to move nothing; a float32 scalar on the device.
         """
+        towards = (1 - momentum) * kept
         pairs = ((self.teacher, self.student), (self.teacher_head, self.student_head))
         for slow, fast in pairs:
-            for kept, new in zip(slow.parameters(), fast.parameters(), strict=True):
-                kept.lerp_(new, 1 - momentum)
+            for followed, new in zip(slow.parameters(), fast.parameters(), strict=True):
+                followed.lerp_(new, towards)
 
 
 def kept_patches(count: int, grid: tuple[int, int], share: float) -> Tensor:

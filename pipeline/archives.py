@@ -46,9 +46,9 @@ def archives_in(root: DataRoot, endings: Collection[str]) -> list[str]:
     Returns:
         Paths relative to the root.
     """
-    top = root.scan("", endings)
+    top = root.scan("", endings, sizes=False)
     inner = [name for name in top.folders if name == "data" or split_named(name)]
-    listings = [top, *(root.scan(name, endings) for name in inner)]
+    listings = [top, *(root.scan(name, endings, sizes=False) for name in inner)]
     return sorted(path for listing in listings for path in listing.files.to_pylist())
 
 

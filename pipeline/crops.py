@@ -125,10 +125,12 @@ def crop_image(image: Pixels, box: Boxes, size: tuple[int, int], flip: bool) -> 
     _check_image(image)
     _check_boxes(np.asarray(box)[None], np.array([image.shape[:2]]))
     top, left, bottom, right = (int(edge) for edge in box)
-    # A copy, since torch takes no read-only array; it would copy what is not contiguous anyway.
+    cut = image[top:bottom, left:right]
+    if not cut.flags.writeable:  # torch takes no read-only array
+        cut = cut.copy()
     # The batch axis before the permutation: else the layout is not seen to be channels last.
-    cut = torch.from_numpy(image[top:bottom, left:right].copy())[None].permute(0, 3, 1, 2)
-    resized = functional.interpolate(cut, size=size, mode="bicubic", antialias=True)
+    planes = torch.from_numpy(cut)[None].permute(0, 3, 1, 2)
+    resized = functional.interpolate(planes, size=size, mode="bicubic", antialias=True)
     upright = resized.flip(3) if flip else resized
     return upright[0].permute(1, 2, 0).contiguous().numpy()
 

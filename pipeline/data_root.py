@@ -14,6 +14,7 @@ from typing import BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..errors import MissingError, SettingError, UserError
@@ -24,9 +25,10 @@ class FolderListing(NamedTuple):
     """What one folder holds; names that start with a dot do not count."""
 
     files: pa.Array
-    """Paths relative to the root of the files with the endings asked for; strings (n,)."""
+    """Paths relative to the root of the files with the endings asked for; strings (n,).  Those of
+    this machine are in order."""
     sizes: NDArray[np.int64]
-    """Their bytes, (n,)."""
+    """Their bytes, (n,); -1 where they were not asked for and are not told with the names."""
     folders: list[str]
     """Names of the sub-folders."""
     identity: tuple[int, int] | None
@@ -58,13 +60,14 @@ class DataRoot(ABC):
         between = "" if self.root.endswith("/") else "/"
         return f"{self.root}{between}{path}" if path else self.root
 
-    def scan(self, folder: str, endings: Collection[str]) -> FolderListing:
+    def scan(self, folder: str, endings: Collection[str], sizes: bool = True) -> FolderListing:
         """List one folder.
 
         Args:
             folder: Path relative to the root, "" for the root itself.
             endings: Endings, such as ``.jpg``, of the files that count, whatever their case; a
                 link to nowhere counts, with size 0.
+            sizes: Whether each file is asked for its size where names alone are cheaper.
 
         Raises:
             MissingError: The folder cannot be listed.
@@ -73,7 +76,7 @@ class DataRoot(ABC):
         """
         place = self.place(folder)
         try:
-            return patiently(partial(self._scan, folder, endings), place)
+            return patiently(partial(self._scan, folder, endings, sizes), place)
         except UnicodeEncodeError as error:
             raise SettingError(
                 f"{place} holds a file whose name is not UTF-8: rename it"
@@ -156,7 +159,7 @@ class DataRoot(ABC):
             ) from error
 
     @abstractmethod
-    def _scan(self, folder: str, endings: Collection[str]) -> FolderListing: ...
+    def _scan(self, folder: str, endings: Collection[str], sizes: bool) -> FolderListing: ...
 
     @abstractmethod
     def _read(self, path: str, start: int, stop: int | None) -> bytes: ...
@@ -179,11 +182,11 @@ class LocalRoot(DataRoot):
     def __init__(self, root: str) -> None:
         super().__init__(root, read_ahead=1 << 20, skip_ahead=1 << 15)
 
-    def _scan(self, folder: str, endings: Collection[str]) -> FolderListing:
+    def _scan(self, folder: str, endings: Collection[str], sizes: bool) -> FolderListing:
         place = Path(self.root, folder)
         status = place.stat()
         prefix = f"{folder}/" if folder else ""
-        files, sizes, folders = [], [], []
+        files, lengths, folders = [], [], []
         with os.scandir(place) as entries:
             for entry in entries:
                 name = entry.name
@@ -193,15 +196,19 @@ class LocalRoot(DataRoot):
                     folders.append(name)
                 elif ending_of(name) in endings and (entry.is_file() or entry.is_symlink()):
                     files.append(prefix + name)
-                    sizes.append(_size(entry))
+                    lengths.append(_size(entry) if sizes else -1)
         try:
             paths = pa.array(files, pa.string())
         except UnicodeEncodeError as error:
             raise SettingError(
                 f"{place} holds a file whose name is not UTF-8: rename it"
             ) from error
+        order = pc.sort_indices(paths)  # so that a plan need not be sorted
         return FolderListing(
-            paths, np.array(sizes, dtype=np.int64), folders, (status.st_dev, status.st_ino)
+            paths.take(order),
+            np.array(lengths, dtype=np.int64)[order],
+            sorted(folders),
+            (status.st_dev, status.st_ino),
         )
 
     def _read(self, path: str, start: int, stop: int | None) -> bytes:

@@ -3,6 +3,9 @@
 The recipe is the field's: what ``PIL.Image.open(file).convert("RGB")`` gives, plus the EXIF
 orientation.  Where that recipe loses the picture (16-bit greyscale is clipped to white) or depends
 on process-wide switches of Pillow that a user may have turned, this module has its own rule.
+
+Pillow reads every header.  The pixels of a usual JPEG are decoded by simplejpeg, which gives the
+same ones in three quarters of the time; what it has any complaint about is left to Pillow.
 """
 
 import os
@@ -11,10 +14,11 @@ import struct
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -115,9 +119,25 @@ def _decode(data: bytes) -> NDArray[np.uint8]:
             raise Image.DecompressionBombError(
                 f"{width} x {height} pixels are more than the {MAX_PIXELS} that are decoded"
             )
+        usual_jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
+        if usual_jpeg and _orientation(image) not in _TO_UPRIGHT:
+            with suppress(ValueError):
+                return _pixels_of_jpeg(data, image.size)
         image.load()
         turn = _TO_UPRIGHT.get(_orientation(image))
         return _to_rgb(image if turn is None else image.transpose(turn))
+
+
+def _pixels_of_jpeg(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """uint8 (H, W, 3) of a greyscale or colour JPEG.
+
+    Raises:
+        ValueError: libjpeg has an error or a warning, or finds another (W, H) than Pillow.
+    """
+    pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data)
+    if pixels.shape[1::-1] != size:
+        raise ValueError(f"{pixels.shape} is another size than {size}")
+    return pixels
 
 
 def _orientation(image: Image.Image) -> int:

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Generator
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -39,6 +41,15 @@ class Warming(Protocol):
 
     def warm(self) -> None:
         """Load it; called once, before workers start."""
+        ...
+
+
+@runtime_checkable
+class Named(Protocol):
+    """Training data whose samples have names, to tell of them by."""
+
+    def names(self, positions: NDArray[np.int64]) -> list[str]:
+        """Of the samples of some indices."""
         ...
 
 

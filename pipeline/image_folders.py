@@ -37,23 +37,25 @@ class _Folder(NamedTuple):
     above: frozenset[tuple[int, int]]  # device and inode of the folders that it lies in
 
 
-def plan_of_folder(root: DataRoot, split: Split) -> Plan:
+def plan_of_folder(root: DataRoot, split: Split, sizes: bool = True) -> Plan:
     """The plan of the images in a folder, as `list_images` says.
 
     Args:
         root: The folder.
         split: The images wanted.
+        sizes: Whether each file is asked for its size where names alone are cheaper; else those
+            have size -1.
 
     Raises:
         MissingError: The split is not there, holds no images, or a folder cannot be listed.
         SettingError: A name is not UTF-8.
         UserError: The storage does not answer.
     """
-    scan = _scanner(root)
+    scan = _scanner(root, sizes)
     homes = _split_folders(scan)
     if not homes and "images" in scan("").folders:
         inner = open_root(root.place("images"))
-        inner_scan = _scanner(inner)
+        inner_scan = _scanner(inner, sizes)
         if homes := _split_folders(inner_scan):
             root, scan = inner, inner_scan
     homes = homes or [""]
@@ -80,12 +82,12 @@ def plan_of_folder(root: DataRoot, split: Split) -> Plan:
 
 def holds_images(root: DataRoot) -> bool:
     """Whether there is an image file anywhere below a folder."""
-    return any(len(listing.files) for _, listing in _walk(_scanner(root), ""))
+    return any(len(listing.files) for _, listing in _walk(_scanner(root, sizes=False), ""))
 
 
-def _scanner(root: DataRoot) -> _Scan:
+def _scanner(root: DataRoot, sizes: bool) -> _Scan:
     """Lists folders; the last ones are remembered."""
-    return lru_cache(_KEPT_LISTINGS)(partial(root.scan, endings=IMAGE_EXTENSIONS))
+    return lru_cache(_KEPT_LISTINGS)(partial(root.scan, endings=IMAGE_EXTENSIONS, sizes=sizes))
 
 
 def _split_folders(scan: _Scan) -> list[str]:

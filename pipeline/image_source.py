@@ -57,6 +57,11 @@ class ImageSource:
         """Class of each chosen image, -1 where there is none; int64 (N,)."""
         return self.plan.labels[self.rows]
 
+    def keys(self, positions: NDArray[np.int64]) -> list[str]:
+        """The keys of some images."""
+        found: list[str] = self.plan.take(self.rows[positions])["key"].to_pylist()
+        return found
+
     def warm(self) -> None:
         """Load what threads and forked workers should share (`ImageReader.warm`)."""
         self._reader.warm()

@@ -84,6 +84,10 @@ class _ImageData:
         """Load what forked workers should share."""
         self._images.warm()
 
+    def names(self, positions: NDArray[np.int64]) -> list[str]:
+        """Keys of the images that are drawn there; a bad one's neighbour is not named."""
+        return self._images.keys(positions)
+
 
 class PretrainingData(_ImageData):
     """Crops of a data set with their masks: what stage 2 trains on.
@@ -103,6 +107,10 @@ class PretrainingData(_ImageData):
         seed: Of crops, flips and masks.
         crop_scale: Least and largest share of the image's area in a crop.
         store_fingerprint: Of the store that the maps came from.
+        background: Channel of the background in part maps; None without one.
+
+    Attributes:
+        parts, background: As given.
 
     Raises:
         SettingError: The policy reads maps, and there are none.
@@ -120,13 +128,14 @@ class PretrainingData(_ImageData):
         seed: int,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         store_fingerprint: str = "",
+        background: int | None = None,
     ) -> None:
         reads = POLICIES[masks.policy].reads
         if maps is None and reads is not None:
             raise SettingError(f"--masking {masks.policy} needs --parts: the part store to follow")
         super().__init__(images)
         self._maps = maps if reads is not None else None
-        self._parts = parts
+        self.parts, self.background = parts, background
         self._size, self._masks, self._seed = image_size, masks, seed
         self._grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self._scale = crop_scale
@@ -146,14 +155,32 @@ class PretrainingData(_ImageData):
 
         Returns:
             ``images`` uint8 (B, H, W, 3), ``mask`` bool (B, L), ``alpha`` float32 (B,),
-            ``index`` int64 (B,).
+            ``index`` int64 (B,); and ``parts`` uint8 (B, L), the parts that the mask follows, where
+            it follows any.
         """
         crops = _cropped(self._images, draws, self._seed, self._scale, self._size)
+        alpha = self._masks.alpha(draws)
+        mask, parts = self._masks_of(crops, draws, alpha)
+        followed = {} if parts is None else {"parts": torch.from_numpy(parts)}
+        return {
+            "images": torch.from_numpy(crops.pixels),
+            "mask": torch.from_numpy(mask),
+            "alpha": torch.from_numpy(alpha.astype(np.float32)),
+            "index": torch.from_numpy(indices(draws)),
+            **followed,
+        }
+
+    def _masks_of(
+        self, crops: _Crops, draws: Sequence[Draw], alpha: NDArray[np.float64]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.uint8] | None]:
+        """The masks of some crops, bool (B, L), from maps cropped and flipped as they were.
+
+        Beside them those maps, uint8 (B, L), where they are of parts.
+        """
         maps = None
         if self._maps is not None:
             maps = self._maps.of(crops.positions)
             maps = crop_maps(maps, crops.boxes, crops.sizes, self._grid, crops.mirrored)
-        alpha = self._masks.alpha(draws)
         mask = POLICIES[self._masks.policy].masks(
             MaskRequest(
                 grid=self._grid,
@@ -161,15 +188,12 @@ class PretrainingData(_ImageData):
                 alpha=alpha,
                 stream=_streams_of(draws, self._seed, Purpose.MASK),
                 maps=maps,
-                parts=self._parts,
+                parts=self.parts,
             )
         )
-        return {
-            "images": torch.from_numpy(crops.pixels),
-            "mask": torch.from_numpy(mask),
-            "alpha": torch.from_numpy(alpha.astype(np.float32)),
-            "index": torch.from_numpy(indices(draws)),
-        }
+        if maps is None or maps.dtype != np.uint8:
+            return mask, None
+        return mask, np.ascontiguousarray(maps.reshape(mask.shape))
 
 
 class SquashedData(_ImageData):

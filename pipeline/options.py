@@ -42,6 +42,12 @@ class TrainingOptions:
     warmup_epochs: Annotated[float, "Epochs of linear warm-up; a cosine to 0 follows."] = 0.0
     weight_decay: Annotated[float, "AdamW's weight decay; none on biases and norms."] = 0.05
     clip_gradients: Annotated[float, "Largest gradient norm; 0 does not clip."] = 0.0
+    skip_at_most: Annotated[
+        int, "Steps in a row that may be skipped, where loss or gradients are not finite."
+    ] = 10
+    ema: Annotated[
+        float, "Decay of a moving average of the weights, such as 0.9999; 0 keeps none."
+    ] = 0.0
     precision: Annotated[
         Literal["auto", "fp32", "bf16"], "Of the forward pass; auto is bf16 on GPUs, fp32 on CPUs."
     ] = "auto"
@@ -60,6 +66,14 @@ class TrainingOptions:
         int, "Every how many checkpoints one is kept for good, beside the newest; 0: none is."
     ] = 0
     log_steps: Annotated[int, "Steps between two points of the logs."] = 20
+    wandb: Annotated[
+        str | None, "Project of Weights & Biases that the logs go to, too (extra wandb)."
+    ] = None
+    peak_tflops: Annotated[
+        float,
+        "What a device can do at most, TFLOP/s, for its utilisation in the logs; 0: what is known "
+        "of its kind, if anything.",
+    ] = 0.0
     launcher: Annotated[
         Literal["auto", "ray"],
         "auto: this process, or those that torchrun started; ray: --workers processes, by Ray "
@@ -90,11 +104,13 @@ class TrainingOptions:
             "keep_checkpoints",
             "keep_every",
             "micro_batch",
+            "skip_at_most",
             "workers",
         ):
             require(0 <= getattr(self, name) < 2**63, name, getattr(self, name), "0 to 2**63 - 1")
-        for name in ("warmup_epochs", "weight_decay", "clip_gradients"):
+        for name in ("warmup_epochs", "weight_decay", "clip_gradients", "peak_tflops"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(0 <= self.ema < 1, "ema", self.ema, "from 0 to below 1")
         rate = self.base_learning_rate
         require(rate > 0, "base_learning_rate", rate, "above 0")
         expected = "auto, fp32 or bf16"
@@ -125,6 +141,12 @@ class TrainingOptions:
         require(share % size == 0, "micro_batch", size, f"a divisor of {each}")
         return self.batch_size // size
 
+    def precision_on(self, device: "torch.device") -> Literal["fp32", "bf16"]:
+        """The precision of the forward pass there."""
+        if self.precision == "auto":
+            return "bf16" if device.type == "cuda" else "fp32"
+        return self.precision
+
     @property
     def peak_learning_rate(self) -> float:
         """The learning rate at the end of the warm-up."""
@@ -153,6 +175,8 @@ FREE_ON_RESUME = frozenset(
         "checkpoint_steps",
         "keep_checkpoints",
         "log_steps",
+        "wandb",
+        "peak_tflops",
         "recompute",
         "micro_batch",
         "keep_every",
@@ -160,6 +184,7 @@ FREE_ON_RESUME = frozenset(
         "workers",
         "address",
         "sharding",
+        "skip_at_most",
     }
 )
 """Options that may differ when a run goes on: what is computed does not follow from them (images

@@ -91,10 +91,18 @@ class Parallel:
 
         All processes must ask together.
         """
-        model, optimizing = self._model.state_dict(), optimizer.state_dict()
-        if self._shards is None:
-            return model, optimizing
-        return _gathered(model), _gathered(optimizing)
+        return self.gathered(self._model.state_dict()), self.gathered(optimizer.state_dict())
+
+    def gathered(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A state with whole tensors; where they are sharded, in the first process only.
+
+        All processes must ask together.
+        """
+        return dict(state) if self._shards is None else _gathered(state)
+
+    def shared_out(self, whole: Tensor, like: Tensor) -> Tensor:
+        """A whole tensor, sharded as another one of its shape is."""
+        return whole if self._shards is None else _like(whole, like)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """Load a whole state into the optimiser of this model, as `states` gave it."""
@@ -146,7 +154,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def _like(value: Any, parameter: Tensor) -> Any:
-    """A tensor of an optimiser's state, sharded as its parameter is."""
+    """A tensor of a state, sharded as its parameter is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if (

@@ -22,12 +22,13 @@ _ROWS_A_BATCH = 256
 _CACHED_ROW_GROUPS = 2
 
 
-def index_of_parquet(root: DataRoot, path: str) -> ArchiveIndex:
+def index_of_parquet(root: DataRoot, path: str, sizes: bool = True) -> ArchiveIndex:
     """The images of a Parquet file; its image column is read once, in pieces, for the sizes.
 
     Args:
         root: Folder that the path is relative to.
         path: The file.
+        sizes: Whether sizes are wanted; else they are -1, and the image column is not read.
 
     Raises:
         MissingError: It cannot be opened.
@@ -36,12 +37,12 @@ def index_of_parquet(root: DataRoot, path: str) -> ArchiveIndex:
         UserError: The storage does not answer.
     """
     with _opened(root, path) as file:
-        sizes = [np.zeros(0, np.int64)]
         column = _image_column(file, root.place(path))
-        for batch in file.iter_batches(_ROWS_A_BATCH, columns=[column]):
+        found = [np.full(0 if sizes else file.metadata.num_rows, -1, dtype=np.int64)]
+        for batch in file.iter_batches(_ROWS_A_BATCH, columns=[column]) if sizes else ():
             lengths = pc.fill_null(pc.binary_length(_encoded(batch["image"])), 0)
-            sizes.append(lengths.cast(pa.int64()).to_numpy(zero_copy_only=False))
-    return ArchiveIndex(np.concatenate(sizes), labels_of_parquet(root, path))
+            found.append(lengths.cast(pa.int64()).to_numpy(zero_copy_only=False))
+    return ArchiveIndex(np.concatenate(found), labels_of_parquet(root, path))
 
 
 def labels_of_parquet(root: DataRoot, path: str) -> NDArray[np.int64]:

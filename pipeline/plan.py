@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from .plan_rows import PLAN_SCHEMA, TABLE_ROWS, FiledRows
+from .plan_rows import PLAN_SCHEMA, TABLE_ROWS, FiledRows, first_disorder
 
 __all__ = ["PLAN_SCHEMA", "Plan", "plan_of_rows"]
 
@@ -59,7 +59,7 @@ class Plan:
         if not np.array_equal(table["index"], np.arange(start, start + table.num_rows)):
             raise ValueError("a plan's index must count its rows from 0 in order")
         joined = pa.concat_tables([before, table])
-        position = _first_disorder(joined)
+        position = first_disorder(joined)
         if position is not None:
             raise ValueError(
                 "a plan must be in ascending order of path and row: "
@@ -175,15 +175,3 @@ def plan_of_rows(root: str, table: pa.Table, class_names: Sequence[str]) -> Plan
     """
     numbers = pa.array(np.arange(table.num_rows, dtype=np.int64))
     return Plan(root, table.set_column(0, PLAN_SCHEMA.field("index"), numbers), tuple(class_names))
-
-
-def _first_disorder(table: pa.Table) -> int | None:
-    """Position of the first row that does not come before the next one, None if all do."""
-    before, after = table.slice(0, max(len(table) - 1, 0)), table.slice(1)
-    same_file = pc.equal(before["path"], after["path"])
-    ascending = pc.or_(
-        pc.less(before["path"], after["path"]),
-        pc.and_(same_file, pc.less(before["row"], after["row"])),
-    )
-    position = pc.index(ascending, False).as_py()
-    return None if position < 0 else int(position)

@@ -71,10 +71,10 @@ class RemoteRoot(DataRoot):
         base: str = system._strip_protocol(self.root)
         return system, f"{base.rstrip('/')}/{path}" if path else base
 
-    def _scan(self, folder: str, endings: Collection[str]) -> FolderListing:
+    def _scan(self, folder: str, endings: Collection[str], sizes: bool) -> FolderListing:
         system, place = self._named(folder)
         prefix = f"{folder}/" if folder else ""
-        files, sizes, folders = [], [], []
+        files, lengths, folders = [], [], []
         for entry in system.ls(place, detail=True):
             whole = entry["name"].rstrip("/")
             name = whole.rpartition("/")[2]
@@ -87,9 +87,9 @@ class RemoteRoot(DataRoot):
                 if entry["size"] is None:
                     raise SettingError(f"{self.root} does not tell the sizes of its files")
                 files.append(prefix + name)
-                sizes.append(entry["size"])
+                lengths.append(entry["size"])  # they come with the names
         return FolderListing(
-            pa.array(files, pa.string()), np.array(sizes, dtype=np.int64), sorted(folders), None
+            pa.array(files, pa.string()), np.array(lengths, dtype=np.int64), sorted(folders), None
         )
 
     def _read(self, path: str, start: int, stop: int | None) -> bytes:

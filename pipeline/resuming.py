@@ -1,7 +1,7 @@
 """The folder of a run: whether it may be trained into, and what a run there goes on from."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,61 @@ def state_to_resume(task: Task, options: TrainingOptions) -> dict[str, Any] | No
             f"{task.data.fingerprint[:12]}; restore the data or choose another --output"
         )
     return state
+
+
+def state_of(
+    task: Task,
+    options: TrainingOptions,
+    step: int,
+    model: Mapping[str, Any],
+    optimizer: Mapping[str, Any],
+    counts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a checkpoint holds.
+
+    Args:
+        task: What is trained.
+        options: How.
+        step: Optimiser steps done.
+        model: Whole state of the model.
+        optimizer: Whole state of the optimiser.
+        counts: What else a run goes on from, by key.
+    """
+    return {
+        "kind": task.kind,
+        "architecture": task.architecture,
+        "model": model,
+        "optimizer": optimizer,
+        "step": step,
+        "samples_seen": step * options.batch_size,
+        "options": plain_options(options),
+        "data": task.data.fingerprint,
+        "images": len(task.data),
+        **counts,
+    }
+
+
+def load_state(
+    load: Callable[[Mapping[str, Any]], object], state: Mapping[str, Any], task: Task, folder: Path
+) -> None:
+    """Load a part of a checkpoint.
+
+    Args:
+        load: Takes the part.
+        state: The part.
+        task: What is trained, for the message.
+        folder: Of the run, likewise.
+
+    Raises:
+        MismatchError: It does not fit.
+    """
+    try:
+        load(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise MismatchError(
+            f"the newest checkpoint in {folder} holds other weights than this {task.kind} run "
+            "trains: go on with the version of semmae that wrote it, or choose another --output"
+        ) from error
 
 
 def refuse_foreign_folder(folder: Path, kind: str) -> None:

@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -15,58 +16,128 @@ from torch.utils.tensorboard import SummaryWriter
 from ..storage.files import write_atomically
 
 
-class Run:
-    """Folder of a run and its logs: TensorBoard scalars and pictures, one JSON line an epoch.
+class Board(Protocol):
+    """Where curves and pictures are looked at."""
 
-    Lines of epochs after ``step`` are dropped: they will be done, and logged, again.
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Add a point to each curve."""
+        ...
+
+    def picture(self, name: str, image: NDArray[np.uint8], step: int) -> None:
+        """Add a picture, uint8 (H, W, 3)."""
+        ...
+
+    def close(self, failed: bool) -> None:
+        """Write out what is held back; ``failed``: the run was cut off."""
+        ...
+
+
+class TensorBoard:
+    """The board in ``RUN/tensorboard``; points after ``step`` are dropped."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        # The checkpoint is written after the points of its own step.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """As of `Board`."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, name: str, image: NDArray[np.uint8], step: int) -> None:
+        """As of `Board`."""
+        self._writer.add_image(name, image, step, dataformats="HWC")
+
+    def close(self, failed: bool) -> None:
+        """As of `Board`."""
+        self._writer.close()
+
+
+class Run:
+    """Folder of a run and its logs; use as a context manager.
+
+    ``log.jsonl`` has a JSON line an epoch, ``steps.jsonl`` one for each point between (every
+    ``--log-steps``), and boards show the same.  What was written after ``step`` is dropped: it will
+    be done, and logged, again.
 
     Args:
         folder: Of the run; made if absent.
         step: Optimiser steps done.
+        boards: Where curves and pictures go, beside `TensorBoard`; closed with the run.
 
     Attributes:
         folder: Of the run.
         step: Optimiser steps done so far.
-        board: The TensorBoard writer; `close` it.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, boards: Sequence[Board] = ()) -> None:
         self.folder = folder
         self.step = step
-        self._truncate_log()
-        # The checkpoint is written after the points of its own step.
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        for name in ("log.jsonl", "steps.jsonl"):
+            _truncate(folder / name, step)
+        self._boards: list[Board] = [TensorBoard(folder, step), *boards]
 
-    @property
-    def log_path(self) -> Path:
-        """``RUN/log.jsonl``."""
-        return self.folder / "log.jsonl"
+    def point(
+        self, epochs: float, figures: Mapping[str, float], speed: Mapping[str, float]
+    ) -> None:
+        """Log what happened since the last point.
 
-    def _truncate_log(self) -> None:
-        if self.log_path.exists():
-            lines = self.log_path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= self.step]
-            if kept != lines:
-                write_atomically(self.log_path, b"".join(kept))
+        Args:
+            epochs: Epochs done.
+            figures: Of training; ``train/...`` on boards.
+            speed: Of the machine; ``speed/...`` on boards.
+        """
+        train = {**figures, "epoch": epochs}
+        self._scalars({f"train/{name}": value for name, value in train.items()})
+        self._scalars({f"speed/{name}": value for name, value in speed.items()})
+        self._line("steps.jsonl", {"step": self.step, "epoch": epochs, **figures, **speed})
 
-    def scalars(self, values: Mapping[str, float]) -> None:
-        """Write scalars of the current step to TensorBoard."""
-        for name, value in values.items():
-            self.board.add_scalar(name, value, self.step)
+    def end_epoch(self, epoch: int, means: Mapping[str, float], extra: Mapping[str, float]) -> None:
+        """Log an epoch.
+
+        Args:
+            epoch: From 1; 0 where nothing is trained.
+            means: Over the epoch.
+            extra: What the task says at its end; ``epoch/...`` on boards.
+        """
+        self._scalars({f"epoch/{name}": value for name, value in extra.items()})
+        self._line("log.jsonl", {"epoch": epoch, "step": self.step, **means, **extra})
 
     def picture(self, name: str, image: NDArray[np.uint8]) -> None:
-        """Write a picture, uint8 (H, W, 3), to TensorBoard at the current step."""
-        self.board.add_image(name, image, self.step, dataformats="HWC")
+        """Put a picture, uint8 (H, W, 3), on the boards at the current step."""
+        for board in self._boards:
+            board.picture(name, image, self.step)
 
-    def line(self, record: Mapping[str, float]) -> None:
-        """Append one JSON line to the log; what is not finite becomes null."""
+    def _scalars(self, values: Mapping[str, float]) -> None:
+        for board in self._boards:
+            board.scalars(values, self.step)
+
+    def _line(self, file: str, record: Mapping[str, float]) -> None:
+        """Append one JSON line; what is not finite becomes null."""
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        with self.log_path.open("a") as opened:
+        with (self.folder / file).open("a") as opened:
             opened.write(json.dumps(finite, allow_nan=False) + "\n")
 
-    def close(self) -> None:
-        """Write out what TensorBoard holds back."""
-        self.board.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for board in self._boards:
+            board.close(kind is not None)
+
+
+def _truncate(log: Path, step: int) -> None:
+    """Drop the lines of later steps, and one that is half there."""
+    if log.exists():
+        lines = log.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+        if kept != lines:
+            write_atomically(log, b"".join(kept))
 
 
 def _step_of(line: bytes) -> float:

@@ -4,6 +4,8 @@
 any of its images in any process.  Data lie on this machine or behind a URL.
 """
 
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -17,6 +19,7 @@ from .decoding import BadImage
 from .image_folders import IMAGE_EXTENSIONS, holds_images, plan_of_folder
 from .parquet import ParquetImages, index_of_parquet, labels_of_parquet
 from .plan import Plan
+from .plan_matching import with_known_sizes
 from .remote import locate, open_root
 from .splits import Split
 from .tars import (
@@ -35,7 +38,9 @@ _PARQUET_ENDINGS = frozenset((".parquet",))
 _ARCHIVE_ENDINGS = _PARQUET_ENDINGS | TAR_ENDINGS | COMPRESSED_ENDINGS
 
 
-def list_images(data: str | Path, split: Split = "all") -> Plan:
+def list_images(
+    data: str | Path, split: Split = "all", known: Iterable[pa.Table] | None = None
+) -> Plan:
     """List the images of a data set.
 
     **Folders.**  Images are the files below ``data`` with one of `IMAGE_EXTENSIONS`, whatever they
@@ -61,6 +66,9 @@ def list_images(data: str | Path, split: Split = "all") -> Plan:
         data: A folder or file, local or a URL that fsspec knows: ``s3://``, ``gs://``.
         split: "val" takes a test split where there is no validation split; without any splits
             "train" and "all" list everything.
+        known: Tables in order of a part store's plan, from which sizes are taken that would cost a
+            look at every file of a local folder, or all bytes of Parquet: -1 of images that it
+            lacks.  `ImageReader` then finds out which images have another size.
 
     Returns:
         The plan; its root is the absolute folder or the URL, its keys are paths relative to it
@@ -75,6 +83,12 @@ def list_images(data: str | Path, split: Split = "all") -> Plan:
     """
     if split not in get_args(Split):
         raise SettingError(f"split is train, val or all, not {split!r}")
+    plan = _plan_of(data, split, sizes=known is None)
+    return plan if known is None else with_known_sizes(plan, known)
+
+
+def _plan_of(data: str | Path, split: Split, sizes: bool) -> Plan:
+    """The plan of a data set; without sizes where they cost more than the rest, if not wanted."""
     root, name = locate(data)
     if name is not None:
         if not _is_parquet(name) and not _is_tar(name):
@@ -82,11 +96,11 @@ def list_images(data: str | Path, split: Split = "all") -> Plan:
                 f"{root.place(name)} is one file: give a folder of images, a .parquet file or a "
                 ".tar file"
             )
-        return _plan_of_files(root, [name], split)
+        return _plan_of_files(root, [name], split, sizes)
     files = archives_in(root, _ARCHIVE_ENDINGS)
     parquet, tars = list(filter(_is_parquet, files)), list(filter(_is_tar, files))
     if not parquet and not tars:
-        return plan_of_folder(root, split)
+        return plan_of_folder(root, split, sizes)
     images, plain_tars = holds_images(root), [path for path in tars if not is_compressed_tar(path)]
     kinds = {"image": images, "Parquet": bool(parquet), "tar": bool(plain_tars)}
     found = [f"{kind} files" for kind, there in kinds.items() if there]
@@ -95,7 +109,9 @@ def list_images(data: str | Path, split: Split = "all") -> Plan:
             f"{root.root} holds both {' and '.join(found)}: give the folder of one of them, or "
             "move the others away"
         )
-    return plan_of_folder(root, split) if images else _plan_of_files(root, parquet or tars, split)
+    if images:
+        return plan_of_folder(root, split, sizes)
+    return _plan_of_files(root, parquet or tars, split, sizes)
 
 
 def _is_parquet(path: str) -> bool:
@@ -106,10 +122,11 @@ def _is_tar(path: str) -> bool:
     return path.lower().endswith(tuple(TAR_ENDINGS)) or is_compressed_tar(path)
 
 
-def _plan_of_files(root: DataRoot, files: list[str], split: Split) -> Plan:
-    """The plan of Parquet files, or of tars."""
+def _plan_of_files(root: DataRoot, files: list[str], split: Split, sizes: bool) -> Plan:
+    """The plan of Parquet files, or of tars, whose headers tell the sizes anyway."""
     if _is_parquet(files[0]):
-        return plan_of_archives(root, files, split, index_of_parquet, labels_of_parquet)
+        index = partial(index_of_parquet, sizes=sizes)
+        return plan_of_archives(root, files, split, index, labels_of_parquet)
     if compressed := next(filter(is_compressed_tar, files), None):
         refuse_compressed(root.place(compressed))
     return plan_of_archives(root, files, split, index_of_tar, labels_of_tar)
@@ -173,32 +190,35 @@ class ImageReader:
             IndexError: There is no such position.
             BadImage: The image's own file cannot be read (code ``unreadable``).
             MissingError: Its Parquet file or tar is gone, or the whole root is.
-            MismatchError: Its file has another size than when it was listed.
+            MismatchError: It has another size than the plan says.
             DamageError: Its Parquet file or tar is damaged, or not the one that was listed.
             UserError: The storage does not answer.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of a plan of {len(self)} images")
         path, row = self._paths[index].as_py(), int(self._rows[index])
+        size = int(self._sizes[index])
         if self._in_parquet[index]:
-            return self._parquet.read(path, row)
+            return self._of_size(size, self._parquet.read(path, row), f"{path}#{row}")
         if self._keys is None or row < 0:
-            return self._read_plain(path, int(self._sizes[index]))
-        key = self._keys[index].as_py()
-        offset, size = int(self._offsets[index]), int(self._sizes[index])
+            return self._of_size(size, self._read_plain(path), path)
+        key, offset = self._keys[index].as_py(), int(self._offsets[index])
         return read_from_tar(self._root, key, path, offset, size)
 
-    def _read_plain(self, path: str, size: int) -> bytes:
+    def _read_plain(self, path: str) -> bytes:
         try:
-            data = self._root.read(path)
+            return self._root.read(path)
         except UserError:
             raise
         except OSError as error:
             reason = error.strerror or "the file cannot be read"
             raise BadImage("unreadable", reason, type(error).__name__) from error
-        if size and len(data) != size:
+
+    def _of_size(self, size: int, data: bytes, key: str) -> bytes:
+        if size > 0 and len(data) != size:
             raise MismatchError(
-                f"{self._root.place(path)} has {len(data)} bytes, and had {size} when it was "
-                "listed: leave the images as they are, and run the command again"
+                f"{self._root.place(key)} has {len(data)} bytes, and had {size} when it was listed "
+                "for this run or its part store: leave the images as they are, and run the command "
+                "again; where they were meant to change, run extract-parts into a new store first"
             )
         return data

@@ -31,6 +31,8 @@ class Task(abc.ABC):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of a batch, and further scalars to log.
 
+        Of a step that is skipped (`guard`), buffers of the model that this changed are put back.
+
         Args:
             batch: What ``data`` made, on the training device.
 
@@ -50,12 +52,29 @@ class Task(abc.ABC):
     def begin(self, folder: Path) -> None:  # noqa: B027 (most tasks have nothing to do)
         """Called once the folder is found fit for the run, before its first step."""
 
-    def after_step(self, progress: float) -> None:  # noqa: B027 (most tasks have nothing to do)
+    def after_step(self, progress: float, kept: Tensor) -> None:  # noqa: B027 (as above)
         """Called after each optimiser step.
 
         Args:
             progress: Share of the run's steps that are done, above 0, at most 1.
+            kept: 1, or 0 where loss or gradients are not finite and nothing may change; a float32
+                scalar on the device, which would be waited for if it were read.
         """
+
+    def flops(self, images: int) -> int | None:
+        """FLOPs (`pipeline.flops`) of the loss of so many images and of its gradients.
+
+        None: they are counted while the first ones are computed.  A network that is compiled, or
+        that computes anything twice, should tell.
+        """
+        return None
+
+    def figures(self) -> dict[str, float]:
+        """Called at each point of the logs: further figures since the last one.
+
+        Where several processes train, each calls it.
+        """
+        return {}
 
     def finish_epoch(self, epoch: int, run: Run) -> dict[str, float]:
         """Called after each epoch (from 1): draw pictures, validate; figures go into the log.

@@ -12,12 +12,9 @@ parts of every batch; losses and gradients are the means over all.
 """
 
 import contextlib
-import math
-import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,18 +22,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DamageError, MismatchError, SettingError
 from ..storage.checkpoints import checkpoints, prune_checkpoints, save_checkpoint
+from ..storage.dumps import dumps_folder
 from . import ranks
+from .averaging import Average
+from .dumping import Step, dump
 from .feeding import Batch, batches_of
-from .options import TrainingOptions, choose_device, plain_options
+from .gradients import Gradients, norms_of
+from .guard import Guard, refuse_broken
+from .options import TrainingOptions, choose_device
 from .parallel import Parallel, whole_tensor
 from .progress import Progress
-from .randomness import Purpose, streams
-from .resuming import refuse_foreign_folder, state_to_resume, write_options
+from .resuming import (
+    load_state,
+    refuse_foreign_folder,
+    state_of,
+    state_to_resume,
+    write_options,
+)
 from .runs import Meter, Run
 from .schedule import BatchSampler, Schedule
 from .tasks import Task
+from .throughput import Throughput, peak_of
+from .wandb_log import refuse_missing_wandb, wandb_boards
 
 
 def fit(task: Task, options: TrainingOptions) -> Path:
@@ -50,17 +58,18 @@ def fit(task: Task, options: TrainingOptions) -> Path:
 
     Returns:
         The last checkpoint: a dict with ``format, kind, architecture, model, optimizer, step,
-        samples_seen, options, data, images, meter``.
+        samples_seen, options, data, images, meter, guard``, and ``ema`` if it is kept.
 
     Raises:
         SettingError: A setting cannot be, such as a batch larger than the data, or the folder
             holds a run and ``options.resume`` is ``never``.
         MismatchError: The folder holds a run with another configuration or other data, or the
             processes that train together see different ones.
-        DamageError: Loss, gradients or weights are no longer finite, or the newest checkpoint
-            cannot be read.
+        DamageError: Too many steps in a row had a loss or gradients that are not finite, weights
+            are not, or the newest checkpoint cannot be read.
     """
-    _refuse_strangers(task.kind)
+    ranks.refuse_strangers(task.kind)
+    refuse_missing_wandb(options)
     device = choose_device(options.device)
     schedule = options.schedule(len(task.data))
     parts = options.batch_parts(ranks.count())
@@ -71,13 +80,13 @@ def fit(task: Task, options: TrainingOptions) -> Path:
         {"images": len(task.data), "data": task.data.fingerprint, "newest checkpoint": step}
     )
     if state is not None:
-        _load(task.model.load_state_dict, state["model"], task, options.output)
+        load_state(task.model.load_state_dict, state["model"], task, options.output)
     task.place(device)
     parallel = Parallel(task.model, device, options.sharding)
     optimizer = task.optimizer(options.peak_learning_rate, options)
     if state is not None:
         held = state["optimizer"]
-        _load(lambda s: parallel.load_optimizer(optimizer, s), held, task, options.output)
+        load_state(lambda s: parallel.load_optimizer(optimizer, s), held, task, options.output)
     if options.warmup_epochs > options.epochs:
         print(
             f"--warmup-epochs {options.warmup_epochs:g} is more than --epochs {options.epochs}: "
@@ -85,29 +94,20 @@ def fit(task: Task, options: TrainingOptions) -> Path:
             file=sys.stderr,
         )
     with contextlib.ExitStack() as stack:
-        folder = options.output
+        folder, boards = options.output, []
         if ranks.rank() == 0:
             write_options(task, options)
             task.begin(folder)
+            boards = wandb_boards(task, options)
         else:  # the logs of other processes are the first one's once more
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        run = stack.enter_context(contextlib.closing(Run(folder, step)))
+        run = stack.enter_context(Run(folder, step, boards))
         training = _Training(task, options, schedule, parts, parallel, optimizer, run, device)
         if state is not None:
-            training.epoch_meter.load_state(state["meter"], device)
+            load_state(training.load_state, state, task, options.output)
         training.to_the_end()
     ranks.wait()
     return checkpoints(options.output)[-1][1]
-
-
-def _refuse_strangers(kind: str) -> None:
-    """Refuse one of several processes that were not told of each other."""
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked > 1 and not ranks.together():
-        raise SettingError(
-            f"WORLD_SIZE is {asked}, but this {kind} run trains in one process: start the command "
-            "without torchrun"
-        )
 
 
 def keep(task: Task, options: TrainingOptions) -> Path:
@@ -123,7 +123,8 @@ def keep(task: Task, options: TrainingOptions) -> Path:
     Raises:
         SettingError, MismatchError, DamageError: As `fit`, for what the folder holds already.
     """
-    _refuse_strangers(task.kind)
+    ranks.refuse_strangers(task.kind)
+    refuse_missing_wandb(options)
     device = choose_device(options.device)
     refuse_foreign_folder(options.output, task.kind)
     state = state_to_resume(task, options)
@@ -132,49 +133,13 @@ def keep(task: Task, options: TrainingOptions) -> Path:
         task.place(device)
         write_options(task, options)
         task.begin(options.output)
-        with contextlib.closing(Run(options.output, 0)) as run:
+        with Run(options.output, 0, wandb_boards(task, options)) as run:
             task.model.eval()
-            run.line({"epoch": 0, **task.finish_epoch(0, run)})
-        save_checkpoint(
-            options.output, 0, _state_of(task, options, 0, task.model.state_dict(), {}, {})
-        )
+            run.end_epoch(0, {}, task.finish_epoch(0, run))
+        state = state_of(task, options, 0, task.model.state_dict(), {}, {"meter": {}})
+        save_checkpoint(options.output, 0, state)
     ranks.wait()
     return checkpoints(options.output)[-1][1]
-
-
-def _state_of(
-    task: Task,
-    options: TrainingOptions,
-    step: int,
-    model: Mapping[str, Any],
-    optimizer: Mapping[str, Any],
-    meter: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What a checkpoint holds."""
-    return {
-        "kind": task.kind,
-        "architecture": task.architecture,
-        "model": model,
-        "optimizer": optimizer,
-        "step": step,
-        "samples_seen": step * options.batch_size,
-        "options": plain_options(options),
-        "data": task.data.fingerprint,
-        "images": len(task.data),
-        "meter": meter,
-    }
-
-
-def _load(
-    load: Callable[[Mapping[str, Any]], object], state: Mapping[str, Any], task: Task, folder: Path
-) -> None:
-    try:
-        load(state)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise MismatchError(
-            f"the newest checkpoint in {folder} holds other weights than this {task.kind} run "
-            "trains: go on with the version of semmae that wrote it, or choose another --output"
-        ) from error
 
 
 class _Training:
@@ -197,12 +162,35 @@ class _Training:
         mine = parts // ranks.count()
         self._mine = range(ranks.rank() * mine, (ranks.rank() + 1) * mine)
         self._meter, self.epoch_meter = Meter(), Meter()
-        precision = options.precision
-        if precision == "auto":
-            precision = "bf16" if device.type == "cuda" else "fp32"
-        self._autocast = torch.autocast(
-            device.type, dtype=torch.bfloat16, enabled=precision == "bf16"
+        precision = options.precision_on(device)
+        self._throughput = Throughput(
+            device,
+            schedule.batch_size,
+            mine,
+            task.flops(schedule.batch_size // parts),
+            peak_of(device, precision, options.peak_tflops),
         )
+        self._gradients = Gradients(
+            task, parallel, self._mine, options.seed, precision, device, self._throughput
+        )
+        folder = dumps_folder(options.output)
+        self._guard = Guard(task.model, optimizer, device, options.skip_at_most, folder)
+        self._average = Average(task.model, options.ema) if options.ema else None
+        self._unsettled: Step | None = None
+        facts = {"precision": precision, "device": device.type}
+        self._dump = partial(
+            dump, task=task, options=options, schedule=schedule, parallel=parallel, facts=facts
+        )
+        names = {id(p): name for name, p in task.model.named_parameters()}
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self._trained = {names[id(p)]: p for p in trained}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, whose weights and optimiser are loaded already."""
+        self.epoch_meter.load_state(state["meter"], self._device)
+        self._guard.load_state(state["guard"])
+        if self._average is not None:
+            self._average.load_state(state["ema"], self._parallel)
 
     def to_the_end(self) -> None:
         """The loop over the steps that are left."""
@@ -211,7 +199,8 @@ class _Training:
             return
         sampler = BatchSampler(schedule, options.seed, run.step, self._parts, self._mine)
         batches = batches_of(self._task.data, sampler, options.loader_workers, self._device)
-        self._begin_timing()
+        self._throughput.begin(run.step)
+        self._throughput.begin_epoch(run.step)
         size = schedule.batch_size
         with (
             contextlib.closing(batches),
@@ -219,46 +208,51 @@ class _Training:
         ):
             while run.step < schedule.steps:
                 rate = schedule.learning_rate(run.step)
-                scalars = self._step(batches, rate)
+                kept = self._step(batches, rate)
                 run.step += 1
-                self._task.after_step(run.step / schedule.steps)
-                self._meter.add(scalars)
-                self.epoch_meter.add(scalars)
+                self._task.after_step(run.step / schedule.steps, kept)
                 progress.update(size, **self._after_step(rate))
 
-    def _begin_timing(self) -> None:
-        self._began, self._waited, self._began_step = time.monotonic(), 0.0, self._run.step
-
-    def _step(self, batches: Iterator[Batch], rate: float) -> dict[str, Tensor]:
-        """One optimiser step; its scalars, on the device."""
-        task, options = self._task, self._options
-        task.model.train()
-        meter = Meter()
-        for part in self._mine:
-            asked = time.monotonic()
-            batch = next(batches)
-            self._waited += time.monotonic() - asked
-            batch = {
-                name: value.to(self._device, non_blocking=True) for name, value in batch.items()
-            }
-            # After the batch was fetched: that a loader starts takes random numbers too.
-            seed = streams(options.seed, Purpose.TRAINING, part, self._run.step)
-            torch.manual_seed(int(seed) >> 1)
-            with self._parallel.part_of_step(last=part == self._mine[-1]):
-                with self._autocast:
-                    loss, scalars = self._parallel.run(partial(task.loss, batch))
-                (loss / len(self._mine)).backward()  # type: ignore[no-untyped-call]
-            meter.add({"loss": loss, **scalars})
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if options.clip_gradients:
-            nn.utils.clip_grads_with_norm_(parameters, options.clip_gradients, norm)
+    def _step(self, batches: Iterator[Batch], rate: float) -> Tensor:
+        """One optimiser step; 1 on the device, or 0 where it is skipped."""
+        self._task.model.train()
+        self._guard.remember()
+        computed = self._gradients.of_step(batches, self._run.step)
+        gradients = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
+        norms = norms_of(gradients)
+        norm = torch.linalg.vector_norm(norms)
+        scalars = {**ranks.means(computed.scalars), "gradient_norm": norm}
+        self._settle()  # while the weights are still those that the step before began with or left
+        if self._options.clip_gradients:
+            clip = self._options.clip_gradients
+            nn.utils.clip_grads_with_norm_(self._trained.values(), clip, norm)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
-        self._optimizer.step()
+        kept = self._guard.step(scalars["loss"], norm)
         self._optimizer.zero_grad(set_to_none=True)
-        return {**ranks.means(meter.on_device()), "gradient_norm": whole_tensor(norm)}
+        self._unsettled = Step(self._run.step + 1, computed, scalars, norms, list(gradients))
+        return kept
+
+    def _settle(self) -> None:
+        """Count the last step, unless that was done; the host waits for its flag, not the device.
+
+        A step that was skipped changed no weight, so it is dumped with those it was computed with.
+        """
+        step, self._unsettled = self._unsettled, None
+        if step is None:
+            return
+        guard = self._guard
+        if not guard.count():
+            self._meter.add(step.scalars)
+            self.epoch_meter.add(step.scalars)
+            if self._average is not None:
+                self._average.follow(step.number - guard.skipped)
+            return
+        if guard.dumps_next():
+            first = step.number + 1 - guard.in_a_row
+            path = self._dump(step, first)
+            print(f"step {step.number} is skipped, see {path}", file=sys.stderr)
+        guard.refuse_more(step.number)
 
     def _after_step(self, rate: float) -> dict[str, float]:
         """Log, finish the epoch and save, each where it is due; the figures that were read."""
@@ -267,56 +261,46 @@ class _Training:
         saves = bool(options.checkpoint_steps) and run.step % options.checkpoint_steps == 0
         if within and not saves and run.step % options.log_steps:
             return {}
+        self._settle()
         figures = self._meter.means()
-        self._require_finite(figures)
-        run.scalars({f"train/{name}": value for name, value in figures.items()})
-        run.scalars({"train/learning_rate": rate, "train/epoch": run.step / per_epoch})
+        figures |= {"learning_rate": rate, "weight_norm": self._weight_norm()}
+        speed = self._throughput.figures(run.step)
+        skipped = {"skipped": float(self._guard.skipped)}
+        run.point(run.step / per_epoch, {**figures, **skipped, **self._task.figures()}, speed)
         self._meter = Meter()
         if not within:
             self._end_epoch(epoch, rate)
             saves = saves or epoch % options.checkpoint_epochs == 0
         if saves or run.step == self._schedule.steps:
             self._save()
-        return figures
+        self._throughput.begin(run.step)
+        return {**figures, **speed}
 
-    def _require_finite(self, means: Mapping[str, float]) -> None:
-        broken = [name for name, value in means.items() if not math.isfinite(value)]
-        if broken:
-            options = self._options
-            raise DamageError(
-                f"{', '.join(broken)} is not finite within the {options.log_steps} steps before "
-                f"step {self._run.step}: nothing was saved since the last checkpoint in "
-                f"{options.output}; go on with a lower --base-learning-rate, --clip-gradients 1 or "
-                "--precision fp32 in a new --output"
-            )
+    def _weight_norm(self) -> float:
+        """Of all weights that train, as one vector."""
+        trained = [p.detach() for group in self._optimizer.param_groups for p in group["params"]]
+        return float(whole_tensor(nn.utils.get_total_norm(trained)))
 
     def _end_epoch(self, epoch: int, rate: float) -> None:
-        run, seconds = self._run, max(time.monotonic() - self._began, 1e-9)
-        images = (run.step - self._began_step) * self._schedule.batch_size
+        run = self._run
+        means = {**self.epoch_meter.means(), "learning_rate": rate, "skipped": self._guard.skipped}
+        means |= self._throughput.epoch_figures(run.step)
         extra = self._parallel.examine(partial(self._task.finish_epoch, epoch, run))
-        run.scalars({f"epoch/{name}": value for name, value in extra.items()})
-        run.line(
-            {
-                "epoch": epoch,
-                "step": run.step,
-                **self.epoch_meter.means(),
-                **extra,
-                "learning_rate": rate,
-                "images_per_second": images / seconds,
-                "data_wait": self._waited / seconds,
-                "seconds": seconds,
-            }
-        )
+        run.end_epoch(epoch, means, extra)
         self.epoch_meter = Meter()
-        self._begin_timing()
+        self._throughput.begin_epoch(run.step)
 
     def _save(self) -> None:
         task, run, options = self._task, self._run, self._options
         model, optimizer = self._parallel.states(self._optimizer)
+        average = self._average.state(self._parallel) if self._average else None
         if ranks.rank() != 0:
             return
-        self._require_finite(_largest(model))
-        state = _state_of(task, options, run.step, model, optimizer, self.epoch_meter.state())
+        refuse_broken(model, run.step, options.output)
+        counts = {"meter": self.epoch_meter.state(), "guard": self._guard.state()}
+        if average is not None:
+            counts["ema"] = {**model, **average}
+        state = state_of(task, options, run.step, model, optimizer, counts)
         save_checkpoint(options.output, run.step, state)
         if options.keep_checkpoints:
             prune_checkpoints(options.output, options.keep_checkpoints, self._kept_for_good)
@@ -328,9 +312,3 @@ class _Training:
         every = options.checkpoint_epochs, options.checkpoint_steps
         number = due(step, *every)
         return number > due(step - 1, *every) and number % options.keep_every == 0
-
-
-def _largest(weights: Mapping[str, Tensor]) -> dict[str, float]:
-    """The largest magnitude among all weights, NaN if one is."""
-    norms = [w.detach().float().abs().max() for w in weights.values() if w.numel()]
-    return {"weights": float(torch.stack(norms).max())} if norms else {}

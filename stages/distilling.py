@@ -89,9 +89,9 @@ class Distilling(EncoderLearning):
         view = super()._view(images)
         return View(self._normalised(recoloured(view.pixels, 1.0)), view.frame)
 
-    def after_step(self, progress: float) -> None:
+    def after_step(self, progress: float, kept: Tensor) -> None:
         """The teacher follows, ever more slowly."""
-        self._model.follow(1 - (1 - MOMENTUM) * (1 + math.cos(math.pi * progress)) / 2)
+        self._model.follow(1 - (1 - MOMENTUM) * (1 + math.cos(math.pi * progress)) / 2, kept)
 
 
 def _prototype_head(width: int, prototypes: int) -> nn.Module:

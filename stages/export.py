@@ -23,7 +23,7 @@ from ..models.encoders import FrozenEncoder
 from ..models.warm_start import take_decoder, take_encoder
 from ..storage.checkpoints import weight_file
 from ..storage.files import write_atomically
-from .networks import encoder_file, image_size_of, open_encoder, open_start
+from .networks import Weights, encoder_file, image_size_of, open_encoder, open_start
 
 GlobalPool = Literal["token", "avg"]
 
@@ -42,6 +42,9 @@ class ExportOptions:
         "timm: the encoder, for timm.create_model; mae: encoder and decoder, as MAE's training "
         "files hold them.",
     ] = "timm"
+    weights: Annotated[
+        Weights, "Of a run: trained: those of its last step; ema: their average, if it kept one."
+    ] = "trained"
     image_size: Annotated[
         str,
         "Pixels that positions are made for, 224 or 224x320 (height x width); 0: the checkpoint's.",
@@ -84,7 +87,7 @@ def export(options: ExportOptions) -> str:
 
 def _export_timm(options: ExportOptions) -> str:
     """Positions for another size are resampled, as the encoder itself does for such images."""
-    encoder = open_encoder(options.checkpoint)
+    encoder = open_encoder(options.checkpoint, weights=options.weights)
     if encoder.timm_name:
         raise SettingError(
             f"{options.checkpoint} is timm's own {encoder.timm_name}: create_model makes it already"
@@ -182,7 +185,7 @@ def _architecture(encoder: FrozenEncoder) -> str:
 
 def _export_mae(options: ExportOptions) -> str:
     """Positions for another size are sine-cosine ones, as of a network made for it."""
-    start = open_start(options.checkpoint)
+    start = open_start(options.checkpoint, options.weights)
     if not start.decoder:
         raise SettingError(
             f"{options.checkpoint} holds no decoder: expected a run of `semmae stage2 pretrain` or "

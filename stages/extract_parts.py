@@ -24,7 +24,7 @@ from ..storage.part_identity import CacheFormat, StoreIdentity
 from ..storage.part_records import read_set_up
 from ..storage.part_store import PartStore
 from ..storage.store_paths import StorePath
-from .previous_store import find_previous, refuse_other_parts
+from .previous_store import keep_previous, previous_rows, refuse_other_parts
 from .store_filling import fill_store
 from .worker_settings import WorkerSettings
 
@@ -140,7 +140,9 @@ def extract_parts(
 
         def work(shards: list[int], watch: Watch) -> Iterator[dict[str, Any]]:
             if old is not None:
-                known = find_previous(old, plan, options.output)
+                rows = previous_rows(old, plan)
+                keep_previous(options.output, old.fingerprint, rows)
+                known = int((rows >= 0).sum())
                 print(
                     f"{known} of {len(plan)} images are known to {options.update} by name and size",
                     file=sys.stderr,

@@ -17,13 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MissingError, SettingError
-from ..pipeline.image_loading import load_image
+from ..pipeline.cached_images import RECIPES, kept_image
+from ..pipeline.image_loading import LoadedImage, load_image
 from ..pipeline.options import require
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
 from ..pipeline.sources import ImageReader, Split, list_images
 from ..pipeline.watching import Watch
-from ..storage.part_identity import UNLABELLED, StoreIdentity, shard_size_for
+from ..storage.image_cache import write_image_cache
+from ..storage.lookahead import done_ahead
+from ..storage.part_identity import UNLABELLED, CacheFormat, StoreIdentity, shard_size_for
 from ..storage.store_paths import StorePath
 from .label_images import (
     decode_label_map,
@@ -57,6 +60,10 @@ class ImportPartsOptions:
     num_parts: Annotated[
         int | None, "Parts, background included; default: the largest label + 1."
     ] = None
+    cache_images: Annotated[
+        int, "Short side in pixels of a cache of the images kept in the store; 0: none."
+    ] = 0
+    cache_format: Annotated[CacheFormat, "Of that cache: JPEG, or uint8 pixels."] = "jpeg"
     decode_threads: Annotated[int, "Threads that read and decode images."] = 2
 
     def __post_init__(self) -> None:
@@ -66,6 +73,7 @@ class ImportPartsOptions:
             SettingError: A field is out of range.
         """
         require(1 <= self.grid <= 256, "grid", self.grid, "1 to 256")
+        require(self.cache_images >= 0, "cache_images", self.cache_images, "0 or more")
         require(self.decode_threads >= 1, "decode_threads", self.decode_threads, "at least 1")
         if self.num_parts is not None:
             require(
@@ -152,6 +160,7 @@ def _identity_of(options: ImportPartsOptions, plan: Plan, found: _LabelSet) -> S
     parts = options.num_parts or found.largest + 1
     expected = f"a label in {options.labels}, 0 to {parts - 1}, or -1 for none"
     require(options.background < parts, "background", options.background, expected)
+    form = options.cache_format if options.cache_images else ""
     return StoreIdentity(
         images=len(plan),
         shard_size=shard_size_for(len(plan)),
@@ -165,7 +174,26 @@ def _identity_of(options: ImportPartsOptions, plan: Plan, found: _LabelSet) -> S
         plan_fingerprint=plan.fingerprint,
         learner_hash=found.digest,
         preprocessing={"geometry": "squash", "labels": "majority"},
+        image_cache=form,
+        image_cache_side=options.cache_images,
+        image_cache_recipe=RECIPES[form] if form else "",
     )
+
+
+def _load_shard(
+    options: ImportPartsOptions, identity: StoreIdentity, reader: ImageReader, shard: int
+) -> tuple[list[LoadedImage], dict[str, int] | None]:
+    """What is known of the images of a shard, and of the file that caches them if there is one."""
+    side, form = identity.image_cache_side, identity.image_cache
+    keep = functools.partial(kept_image, side=side, form=form) if form else None
+    load = functools.partial(load_image, reader, keep=keep)
+    loaded = []
+    with write_image_cache(options.output, identity, shard) as cache:
+        for image in done_ahead(load, range(*identity.shard_range(shard)), options.decode_threads):
+            if cache is not None:
+                cache.extend([image.kept])
+            loaded.append(image._replace(kept=None))
+    return loaded, None if cache is None else cache.description
 
 
 def import_parts(options: ImportPartsOptions) -> dict[str, Any]:
@@ -208,11 +236,9 @@ def import_parts(options: ImportPartsOptions) -> dict[str, Any]:
         def work(shards: list[int], _watch: Watch) -> Iterator[dict[str, Any]]:
             for shard in shards:
                 here = slice(*identity.shard_range(shard))
-                loaded = list(
-                    pool.map(functools.partial(load_image, reader), range(here.start, here.stop))
-                )
+                loaded, cache = _load_shard(options, identity, reader, shard)
                 labels, shares = found.labels[here], found.shares[here]
                 rows = meta_rows(plan, here.start, loaded, labels, shares, identity.parts)
-                yield commit_shard(options.output, shard, rows, labels=labels)
+                yield commit_shard(options.output, shard, rows, cache, labels=labels)
 
         return fill_store("parts import", "importing parts", options, identity, plan, work)

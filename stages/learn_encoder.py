@@ -67,6 +67,11 @@ class LearnEncoderOptions(TrainingOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
         super().__post_init__()
+        if self.method == "distil" and self.ema:
+            raise SettingError(
+                f"--ema is {self.ema}, and --method distil keeps a moving average already, the "
+                "teacher, which is the encoder that it learns: drop the flag"
+            )
         for name in ("prototypes", "start_epochs"):
             require(getattr(self, name) >= 4, name, getattr(self, name), "at least 4")
         for name in ("view_scale", "kept_share"):
@@ -128,6 +133,7 @@ def _pretrained(options: LearnEncoderOptions) -> Path:
         "warmup_epochs": min(options.warmup_epochs, options.start_epochs),
         "weight_decay": PretrainOptions.weight_decay,
         "clip_gradients": PretrainOptions.clip_gradients,
+        "ema": PretrainOptions.ema,
     }
     pretrain(
         PretrainOptions(

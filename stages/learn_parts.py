@@ -21,7 +21,14 @@ from ..pipeline.resuming import refuse_foreign_folder
 from ..pipeline.sources import Split, list_images
 from ..pipeline.training import fit, keep
 from ..storage.checkpoints import checkpoints, load_checkpoint
-from .networks import ENCODER_FILE, image_size_of, learner_of, open_encoder, parse_reading
+from .networks import (
+    ENCODER_FILE,
+    Weights,
+    image_size_of,
+    learner_of,
+    open_encoder,
+    parse_reading,
+)
 from .part_rounds import later_rounds
 from .part_start import sample_tokens, started_learner, voting_learner
 from .part_training import CachedTokens, PartLearning
@@ -35,6 +42,9 @@ class LearnPartsOptions(TrainingOptions):
 
     data: Annotated[str, "Images: a folder, Parquet or tars, or a URL."]
     encoder: Annotated[str, "Frozen encoder: timm:<name>, a weight file, or the folder of a run."]
+    weights: Annotated[
+        Weights, "Of the encoder's run: trained: those of its last step; ema: their average."
+    ] = "trained"
     split: Annotated[Split, "Which images of the data."] = "train"
     image_size: Annotated[
         str,
@@ -304,7 +314,9 @@ def _learn_parts(options: LearnPartsOptions) -> Path:
         open_encoder(str(options.output / ENCODER_FILE))
         if found
         else open_encoder(
-            options.encoder, parse_reading(options.blocks, options.facet, options.pooled)
+            options.encoder,
+            parse_reading(options.blocks, options.facet, options.pooled),
+            options.weights,
         )
     )
     size = image_size_of(options.image_size, encoder.native_size, encoder.patch_size)

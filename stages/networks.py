@@ -5,7 +5,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors.torch import save
@@ -24,31 +24,52 @@ ENCODER_FILE = "encoder.safetensors"
 """The frozen encoder in the folder of a part learner, so that the folder is all one needs."""
 
 
-def open_encoder(named: str, reading: Reading | None = None) -> FrozenEncoder:
+Weights = Literal["trained", "ema"]
+"""Which weights of a run's checkpoint are taken: those of its last step, or their average."""
+
+
+def open_encoder(
+    named: str, reading: Reading | None = None, weights: Weights = "trained"
+) -> FrozenEncoder:
     """The encoder of ``--encoder`` or ``--checkpoint``.
 
     Args:
         named: ``timm:<name>``, a weight file, or the folder of a run.
         reading: Which blocks to read, and what of them; None is what `save_encoder` recorded in
             the file, else the patch tokens of the last block.
+        weights: Which weights of a run.
 
     Raises:
-        SettingError: timm has no such network, the file holds no vision transformer, or the
-            reading names blocks that it has not.
+        SettingError: timm has no such network, the file holds no vision transformer, the reading
+            names blocks that it has not, or it keeps no average and that is asked for.
         MissingError: There is no such file, or timm's weights cannot be had.
         DamageError: The file cannot be read.
     """
     if named.startswith("timm:"):
+        _weights_of({}, weights, named)
         return timm_encoder(named.removeprefix("timm:"), reading=reading or DEFAULT_READING)
     path = _file_of(named)
-    return _encoder_of(load_checkpoint(path), str(path), reading)
+    return _encoder_of(_weights_of(load_checkpoint(path), weights, named), str(path), reading)
 
 
-def open_start(named: str) -> Start:
+def _weights_of(state: dict[str, Any], weights: Weights, name: str) -> dict[str, Any]:
+    """A checkpoint with the weights that were chosen in the place of the trained ones."""
+    if weights == "trained":
+        return state
+    if "ema" not in state:
+        raise SettingError(
+            f"--weights is ema, and {name} keeps no moving average of its weights: expected a run "
+            "that was started with --ema; drop the flag to take the trained ones"
+        )
+    return {**state, "model": state["ema"]}
+
+
+def open_start(named: str, weights: Weights = "trained") -> Start:
     """The encoder, and the decoder if there is one, that pretraining is to begin from.
 
     Args:
         named: As for `open_encoder`.
+        weights: Likewise.
 
     Raises:
         SettingError, MissingError, DamageError: As `open_encoder`; also SettingError where timm's
@@ -56,9 +77,9 @@ def open_start(named: str) -> Start:
     """
     if not named.startswith("timm:"):
         path = _file_of(named)
-        state = load_checkpoint(path)
+        state = _weights_of(load_checkpoint(path), weights, named)
         return start_of(state, _encoder_of(state, str(path)).transformer, named)
-    encoder = open_encoder(named)
+    encoder = open_encoder(named, weights=weights)
     mean, std = tuple(encoder.mean.tolist()), tuple(encoder.std.tolist())
     if not np.allclose([mean, std], [IMAGENET_MEAN, IMAGENET_STD]):
         raise SettingError(

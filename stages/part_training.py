@@ -132,7 +132,7 @@ class PartLearning(Task):
         logged = {name: term.detach() for name, term in terms.items()}
         return total, {**logged, "smallest_share": self._watch.count(maps)}
 
-    def after_step(self, progress: float) -> None:
+    def after_step(self, progress: float, kept: Tensor) -> None:
         """Tell of parts that die."""
         self._watch.after_step(progress)
 

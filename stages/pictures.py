@@ -96,6 +96,24 @@ def masked(image: Pixels, mask: NDArray[np.bool_], grid: tuple[int, int]) -> Pix
     return np.where(hidden[..., None], np.uint8(110), image).astype(np.uint8)
 
 
+def masked_parts(image: Pixels, mask: NDArray[np.bool_], labels: Pixels, colours: Pixels) -> Pixels:
+    """A mask over the parts that it follows.
+
+    Args:
+        image: uint8 (H, W, 3).
+        mask: bool (L,), True where masked.
+        labels: uint8 (h, w), part id of each patch.
+        colours: uint8 (P, 3).
+
+    Returns:
+        uint8 (H, W, 3): masked patches in the flat colours of their parts, the others as the image
+        under a tint of them.
+    """
+    hidden = _spread(mask.reshape(labels.shape), image)[..., None]
+    flat, tinted = (overlay(image, labels, colours, strength) for strength in (1.0, 0.3))
+    return np.where(hidden, flat, tinted)
+
+
 def _spread(values: NDArray[Any], image: Pixels) -> NDArray[Any]:
     """Values of patches (h, w) at each pixel of an image, (H, W)."""
     height, width = image.shape[:2]

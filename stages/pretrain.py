@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import MissingError, SettingError
@@ -15,9 +14,11 @@ from ..models.autoencoder import SIZES, Architecture, MaskedAutoencoder
 from ..models.warm_start import Start, take_decoder, take_encoder
 from ..pipeline.cached_images import CachedImages
 from ..pipeline.feeding import Batch
+from ..pipeline.flops import FlopCount
 from ..pipeline.image_source import ImageSource
 from ..pipeline.launching import launch
 from ..pipeline.loaders import PretrainingData
+from ..pipeline.loss_bins import LossBins, part_shares
 from ..pipeline.mask_counts import visible_count
 from ..pipeline.mask_policies import POLICIES, Masking, MaskSchedule
 from ..pipeline.options import TrainingOptions, require
@@ -31,10 +32,14 @@ from ..storage.checkpoints import checkpoints
 from ..storage.part_store import PartStore
 from ..storage.store_paths import StorePath
 from .networks import checkpoint_hash, open_start, parse_image_size
-from .pictures import masked, pairs_sheet, save_picture
+from .pictures import colours_of, save_picture
+from .reconstructions import PICTURED, mask_pictures, reconstruction_picture
 
-PICTURED = 8
-"""Images in the picture of reconstructions."""
+ALPHA_EDGES = (0.2, 0.4, 0.6, 0.8)
+"""Between the values of alpha that losses are told apart by."""
+
+PART_SIZE_EDGES = (0.05, 0.1, 0.2, 0.4)
+"""Between the sizes of parts, shares of a crop's patches, that losses are told apart by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,45 +129,60 @@ class Pretraining(Task):
         predicted = max(round(options.predicted_share * masked), 1)
         self._predicted = predicted if predicted < masked else None
         model.recomputes = options.recompute
-        if options.compile:
-            model.compile()
+        losses = model.patch_losses
+        self._patch_losses = torch.compile(losses) if options.compile else losses
+        scheduled = POLICIES[options.masking].scheduled
+        self._by_alpha = LossBins("loss_by_alpha", ALPHA_EDGES) if scheduled else None
+        self._by_part_size = LossBins("loss_by_part_size", PART_SIZE_EDGES)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the masked patches; the mean alpha of the batch beside it."""
-        loss = self._model(batch["images"], batch["mask"], self._visible, self._predicted).mean()
-        return loss, {"alpha": batch["alpha"].mean()}
+        losses, patches = self._patch_losses(
+            batch["images"], batch["mask"], self._visible, self._predicted
+        )
+        known = losses.detach()
+        if self._by_alpha is not None:
+            self._by_alpha.add(known.mean(dim=1), batch["alpha"])
+        if "parts" in batch:
+            self._by_part_size.add(known, part_shares(batch["parts"]).gather(1, patches))
+        return losses.mean(), {"alpha": batch["alpha"].mean()}
+
+    def flops(self, images: int) -> int:
+        """Of the same network on the meta device, where nothing is computed."""
+        shape = self._model.architecture
+        with torch.device("meta"):
+            twin = MaskedAutoencoder(shape, self._model.normalise_target)
+            pixels = torch.empty(images, *shape.image_size, 3, dtype=torch.uint8)
+            mask = torch.empty(images, shape.grid[0] * shape.grid[1], dtype=torch.bool)
+            with FlopCount() as count:
+                losses, _ = twin.patch_losses(pixels, mask, self._visible, self._predicted)
+                losses.mean().backward()  # type: ignore[no-untyped-call]
+        flops: int = count.flops
+        return flops
+
+    def figures(self) -> dict[str, float]:
+        """Losses by alpha, and by the size of the part that a patch belongs to."""
+        by_alpha = {} if self._by_alpha is None else self._by_alpha.read()
+        return {**by_alpha, **self._by_part_size.read()}
 
     def finish_epoch(self, epoch: int, run: Run) -> dict[str, float]:
-        """Draw reconstructions of a few crops, with the masks of this point of the schedule."""
+        """Draw reconstructions of a few crops, with the masks of this point of the schedule.
+
+        Where masks follow parts, they are drawn over them, too.
+        """
         chosen = np.linspace(0, len(self._data) - 1, min(PICTURED, len(self._data))).astype(int)
         draws = [Draw(int(index), epoch - 1, epoch / self._epochs) for index in chosen]
         batch = self._data.__getitems__(draws)
-        picture = reconstruction_picture(self._model, batch["images"], batch["mask"], self._visible)
+        drawn = []
+        if "parts" in batch:
+            colours = colours_of(self._data.parts, self._data.background)
+            drawn.append(mask_pictures(batch, self._model.architecture.grid, colours))
+        picture = reconstruction_picture(
+            self._model, batch["images"], batch["mask"], self._visible, *drawn
+        )
         run.picture("reconstructions", picture)
         save_picture(run.folder / "pictures" / f"reconstructions-epoch-{epoch:04d}.png", picture)
         return {}
-
-
-def reconstruction_picture(
-    model: MaskedAutoencoder, images: Tensor, mask: Tensor, visible: int
-) -> NDArray[np.uint8]:
-    """Images, what the encoder sees of them, and what the decoder makes of that, in columns.
-
-    Args:
-        model: The autoencoder.
-        images: uint8 (B, H, W, 3).
-        mask: bool (B, L).
-        visible: V.
-
-    Returns:
-        A contact sheet, uint8 (H, W, 3).
-    """
-    device = model.mean.device
-    made = model.reconstruct(images.to(device), mask.to(device), visible)
-    pixels, grid = images.numpy(), model.architecture.grid
-    seen = [masked(image, row, grid) for image, row in zip(pixels, mask.numpy(), strict=True)]
-    rebuilt = list((made * 255).round().byte().cpu().numpy())
-    return pairs_sheet(list(pixels), seen, PICTURED, 128, rebuilt)
 
 
 def pretraining_data(options: PretrainOptions) -> PretrainingData:
@@ -170,13 +190,17 @@ def pretraining_data(options: PretrainOptions) -> PretrainingData:
 
     Raises:
         SettingError: The masking or the image cache needs a part store and none was named.
-        MismatchError: The store is of other images.
+        MismatchError: The store is of other images.  Those that have another size than it knows
+            are refused when they are read.
         MissingError: The store keeps no images, and its cache is to be read, or no attention, and
             masks are to follow it.
     """
     if options.images == "cache" and options.parts is None:
         raise SettingError("--images cache needs --parts: the part store that keeps the images")
-    plan = list_images(options.data, options.split)
+    store = PartStore.open(options.parts) if options.parts is not None else None
+    # By name, beside the store: to look at each of a million files would take most of the start.
+    known = store.plan_tables() if store is not None else None
+    plan = list_images(options.data, options.split, known)
     masks = MaskSchedule(
         policy=options.masking,
         mask_ratio=options.mask_ratio,
@@ -185,15 +209,15 @@ def pretraining_data(options: PretrainOptions) -> PretrainingData:
         end=options.alpha_end,
         epochs=options.epochs if options.alpha_by == "epoch" else None,
     )
-    images, maps, parts, fingerprint = ImageSource(plan), None, 0, ""
-    if options.parts is not None:
-        store = PartStore.open(options.parts)
+    images, maps, parts, fingerprint, background = ImageSource(plan), None, 0, "", None
+    if store is not None:
         rows, places = join_store(plan, store)
         if options.images == "cache":
             images = CachedImages(plan, rows, store, places)
         else:
             images = ImageSource(plan, rows)
         parts, fingerprint = store.identity.parts, store.fingerprint
+        background = store.identity.background
         reads = POLICIES[options.masking].reads
         if reads is not None:
             maps = read_maps(store, reads, places, options.seed)
@@ -207,6 +231,7 @@ def pretraining_data(options: PretrainOptions) -> PretrainingData:
         seed=options.seed,
         crop_scale=(options.crop_scale, 1.0),
         store_fingerprint=fingerprint,
+        background=background,
     )
 
 

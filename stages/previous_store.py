@@ -60,22 +60,31 @@ def refuse_other_parts(old: PartStore, identity: StoreIdentity) -> None:
         )
 
 
-def find_previous(old: PartStore, plan: Plan, output: StorePath) -> int:
-    """Find the images that an earlier store knows by key and size, and keep where.
+def previous_rows(old: PartStore, plan: Plan) -> NDArray[np.int64]:
+    """Which row of an earlier store has the key and the size of each image, -1 for none.
 
     Args:
         old: The earlier store.
         plan: The images of the new one.
-        output: Folder of the new store; its ``cache/`` is written to.
 
     Returns:
-        How many there are.
+        (N,) for the N images of ``plan``.
     """
     rows, sizes = matches_of(plan.tables(MATCHED), old.plan_tables(), len(plan))
     rows[sizes != plan.sizes] = -1
-    with atomic_file(_place(output, old.fingerprint)) as temporary, temporary.open("wb") as file:
+    return rows
+
+
+def keep_previous(output: StorePath, fingerprint: str, rows: NDArray[np.int64]) -> None:
+    """Keep what `previous_rows` found where the workers look for it.
+
+    Args:
+        output: Folder of the new store; its ``cache/`` is written to.
+        fingerprint: Of the earlier store.
+        rows: Of the images of the new one.
+    """
+    with atomic_file(_place(output, fingerprint)) as temporary, temporary.open("wb") as file:
         rows.astype(_ROW).tofile(file)
-    return int((rows >= 0).sum())
 
 
 def _place(output: StorePath, fingerprint: str) -> StorePath:
@@ -87,7 +96,7 @@ class PreviousRows:
 
     Args:
         old: The earlier store.
-        output: Folder of the new store, after `find_previous`.
+        output: Folder of the new store, after `keep_previous`.
         start: First row of the shard.
         stop: One past its last row.
     """

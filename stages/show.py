@@ -38,7 +38,7 @@ from .pictures import (
     sheet,
     soft_overlay,
 )
-from .pretrain import PICTURED, reconstruction_picture
+from .reconstructions import PICTURED, reconstruction_picture
 
 SIDE = 128
 """Pixels of each image on a contact sheet."""

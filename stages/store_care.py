@@ -12,7 +12,14 @@ from typing import Annotated, Any, NamedTuple
 from ..errors import DamageError, MissingError, SettingError
 from ..pipeline.progress import Progress
 from ..storage.files import read_json
-from ..storage.part_check import Fault, check_complete, check_plan, check_shards, foreign_objects
+from ..storage.part_check import (
+    Fault,
+    check_complete,
+    check_plan,
+    check_shards,
+    check_shards_alone,
+    foreign_objects,
+)
 from ..storage.part_records import read_set_up
 from ..storage.store_paths import StorePath, store_path
 from .extract_parts import ExtractPartsOptions, extract_parts
@@ -55,21 +62,30 @@ def verify_parts(path: StorePath) -> list[Fault]:
         path: Folder of the store.
 
     Returns:
-        Each damaged, missing or foreign object; empty where all is as it was written.
+        Each damaged, missing or foreign object; empty where all is as it was written.  Without a
+        sound ``plan.json`` shards are checked all the same; the plan's files, the arrays' metadata
+        and foreign files cannot be.
 
     Raises:
         MissingError: There is no store.
         MismatchError: The store has another format version.
     """
     faults = check_plan(path)
-    if any(fault.name == "plan.json" for fault in faults):
-        print("without a sound plan.json nothing else can be told apart", file=sys.stderr)
-        return [*faults, *check_complete(path)]
+    whole = all(fault.name != "plan.json" for fault in faults)
+    if whole:
+        _, identity = read_set_up(path)
+        shards, count = check_shards(path), identity.shards
+    else:
+        print(
+            "without a sound plan.json, shards are compared with their own records; what else "
+            "belongs to the store cannot be told",
+            file=sys.stderr,
+        )
+        shards, count = check_shards_alone(path), len(list((path / "commits").glob("*.json")))
     faults += check_complete(path)
-    _, identity = read_set_up(path)
     began, size = time.perf_counter(), 0
-    with Progress("verifying", identity.shards, "shard") as progress:
-        for check in check_shards(path):
+    with Progress("verifying", count, "shard") as progress:
+        for check in shards:
             faults += check.faults
             size += check.bytes
             progress.update()
@@ -78,7 +94,7 @@ def verify_parts(path: StorePath) -> list[Fault]:
         f"read {size / 1e6:.1f} MB in {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s",
         file=sys.stderr,
     )
-    return faults + foreign_objects(path)
+    return faults + (foreign_objects(path) if whole else [])
 
 
 def repair_parts(options: RepairPartsOptions) -> list[Fault]:
@@ -95,7 +111,8 @@ def repair_parts(options: RepairPartsOptions) -> list[Fault]:
     Raises:
         MissingError: There is no store, or no record of the run that made it.
         SettingError: A setting does not belong to the command that made the store.
-        MismatchError: Images, learner or labels are no longer those of the store.
+        MismatchError: Images, learner or labels are no longer those of the store; an image that
+            kept its size is told by meta rows that still stand.
         DamageError: Something could not be mended, such as foreign files.
     """
     before = verify_parts(options.parts)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..errors import SettingError
+from ..errors import MismatchError, SettingError
 from ..pipeline.options import plain_options
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
@@ -20,6 +20,7 @@ from ..pipeline.watching import Watch
 from ..storage.files import write_json
 from ..storage.part_check import committed_shards, complete_store, damaged_shards
 from ..storage.part_identity import META_SCHEMA, StoreIdentity
+from ..storage.part_records import decode_table, meta_name
 from ..storage.part_writer import create_store, uncommit, write_shard
 from ..storage.store_paths import StorePath
 from .pace import Pace
@@ -96,10 +97,44 @@ def commit_shard(
 
     Returns:
         ``shard``, and counts ``ok`` and ``bad``.
+
+    Raises:
+        MismatchError: An image is another than when the shard was written before.
     """
+    _refuse_changed(output / meta_name(shard), rows)
     meta = pa.Table.from_pylist(list(rows), META_SCHEMA)
     commit = write_shard(output, shard, meta=meta, image_cache=image_cache, **arrays)
     return {name: commit[name] for name in ("shard", "ok", "bad")}
+
+
+def _refuse_changed(place: StorePath, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse images that are others than meta rows of earlier say, where such still stand.
+
+    A shard that is done again, or was broken off before its commit, must not come out as one of
+    other images.  Rows that are damaged say nothing: their pages have checksums.
+
+    Args:
+        place: The meta rows of the shard, which need not be there.
+        rows: The new ones.
+    """
+    try:
+        have = decode_table(place.read_bytes())
+    except (OSError, pa.ArrowException):
+        return
+    if not have.schema.equals(META_SCHEMA) or have["key"].to_pylist() != [r["key"] for r in rows]:
+        return
+    before = zip(have["crc32"].to_pylist(), have["error_code"].to_pylist(), strict=True)
+    changed = [
+        row["key"]
+        for row, (crc32, error) in zip(rows, before, strict=True)
+        if row["crc32"] != crc32 and error != "unreadable"
+    ]
+    if changed:
+        raise MismatchError(
+            f"{len(changed)} images are not those that {place} was written of, such as "
+            f"{changed[0]}: put those of then back; or remove that file, and its shard takes those "
+            "of now"
+        )
 
 
 def fill_store(
@@ -125,7 +160,8 @@ def fill_store(
         The record ``complete.json``: ``images``, ``ok``, ``bad`` and checksums.
 
     Raises:
-        MismatchError: The output holds a store of another identity.
+        MismatchError: The output holds a store of another identity, or an image is another than
+            when its shard was written before.
         SettingError: Not one image can be read, or the output holds other things.
         DamageError: A finished shard was damaged meanwhile.
     """

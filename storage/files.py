@@ -15,7 +15,7 @@ import uuid
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import DamageError, MissingError, UserError
 from .remote_path import BLOCK, RemotePath
@@ -64,7 +64,7 @@ def atomic_file(path: StorePath) -> Iterator[Path]:
     The name is in the same folder, unique, and starts with a dot, so that readers of whole folders
     (``pandas.read_parquet``) pass over it.  The file is synced before it is renamed; it is removed
     when the block raises anything.  Parent folders are made.  What goes behind a URL is written to
-    the system's temporary folder first.
+    a file without a name in the system's temporary folder first, of which a kill leaves nothing.
 
     Args:
         path: Where the finished file goes; an existing file is replaced.
@@ -76,11 +76,9 @@ def atomic_file(path: StorePath) -> Iterator[Path]:
         UserError: The system refused the write (disk full, read-only, no permission).
     """
     if isinstance(path, RemotePath):
-        with tempfile.TemporaryDirectory(prefix="semmae-") as folder:
-            beside = Path(folder) / "file"
-            with atomic_file(beside) as temporary:
-                yield temporary
-            path.upload(beside)
+        with _unnamed_file(path) as file:
+            yield Path(f"/dev/fd/{file.fileno()}")
+            path.upload(file)
         return
     temporary = path.parent / f".{path.name[:100]}.{uuid.uuid4().hex}.tmp"
     try:
@@ -100,6 +98,26 @@ def atomic_file(path: StorePath) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def _unnamed_file(path: RemotePath) -> Iterator[BinaryIO]:
+    """A temporary file for what goes behind a URL."""
+    temporary = None
+    try:
+        with tempfile.TemporaryFile() as file:
+            temporary = Path(f"/dev/fd/{file.fileno()}")
+            yield file
+    except UserError:
+        raise
+    except OSError as error:
+        if temporary is not None and not _concerns(error, temporary):
+            raise
+        raise UserError(
+            f"{path} is put together in a temporary file first, which cannot be written to "
+            f"({error.strerror or error}): free some space in {os.environ.get('TMPDIR', '/tmp')}, "
+            "or name another folder in the environment variable TMPDIR"
+        ) from error
 
 
 def write_atomically(path: StorePath, data: bytes) -> None:

@@ -7,17 +7,17 @@ each record carries its own checksum, and ``complete.json`` vouches for the reco
 import contextlib
 import functools
 import re
-import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import DamageError, MissingError, UserError
 from .files import damage_of, read_json, record_crc32, write_json
+from .leftovers import is_leftover, sweep
 from .lookahead import each_in
-from .part_identity import VERSION, StoreIdentity
+from .part_identity import VERSION
 from .part_records import (
+    UNLASTING,
     WAY_OUT,
     commit_name,
     commit_path,
@@ -28,11 +28,7 @@ from .part_records import (
 from .part_writer import uncommit
 from .store_paths import StorePath, sizes_below
 
-_LEFTOVER = re.compile(r"\..*\.[0-9a-f]{32}\.tmp", re.DOTALL)
-_LEFTOVER_SECONDS = 3600
-
-_NO_PART = frozenset(("runs", "cache"))
-"""Folders of a store that are no part of what it is."""
+_COMMIT = re.compile(r"\d{5}\.json")
 
 
 class Fault(NamedTuple):
@@ -119,19 +115,59 @@ def check_shards(path: StorePath, shards: Iterable[int] | None = None) -> Iterat
         DamageError: The store's ``plan.json`` is damaged.
     """
     plan, identity = read_set_up(path)
-    check = functools.partial(_check_shard, path, identity, record_crc32(plan))
+    check = functools.partial(
+        _check_shard, path, functools.partial(read_commit, path, identity), record_crc32(plan)
+    )
     yield from each_in(path, check, range(identity.shards) if shards is None else shards)
 
 
-def _check_shard(path: StorePath, identity: StoreIdentity, plan: int, shard: int) -> ShardCheck:
+def check_shards_alone(path: StorePath) -> Iterator[ShardCheck]:
+    """Check every object of the shards there are where ``plan.json`` is damaged or gone.
+
+    Which shards there must be is known from ``complete.json``, if that is sound.
+
+    Args:
+        path: Folder of the store.
+
+    Yields:
+        What was found in each shard, in order.
+    """
+    complete: dict[str, Any] = {}
+    with contextlib.suppress(DamageError, MissingError):
+        complete = read_json(path / "complete.json")
+
+    def read(shard: int) -> dict[str, Any]:
+        commit = read_json(commit_path(path, shard))
+        if commit.get("shard") != shard:
+            raise DamageError(f"the record {commit_path(path, shard)} is not that of its shard")
+        return commit
+
+    names = {place.name for place in (path / "commits").glob("*.json")}
+    names |= {f"{shard}.json" for shard in complete.get("commits", ())}
+    shards = sorted(int(name[:5]) for name in names if _COMMIT.fullmatch(name))
+    check = functools.partial(_check_shard, path, read, complete.get("plan"))
+    yield from each_in(path, check, shards)
+
+
+def _check_shard(
+    path: StorePath, read: Callable[[int], dict[str, Any]], plan: int | None, shard: int
+) -> ShardCheck:
+    """Check a shard.
+
+    Args:
+        path: Folder of the store.
+        read: Reads a commit record, and checks that it is the one of the shard.
+        plan: CRC-32 of ``plan.json``, if that is known.
+        shard: Number of the shard.
+    """
     name = commit_name(shard)
     try:
-        commit = read_commit(path, identity, shard)
+        commit = read(shard)
     except MissingError:
         return ShardCheck(shard, {}, [Fault(name, "is missing: the shard is not committed")])
     except DamageError:
         return ShardCheck(shard, {}, [Fault(name, "is not what was written")])
-    if commit["plan"] != plan:
+    if plan is not None and commit["plan"] != plan:
         return ShardCheck(shard, {}, [Fault(name, "is that of another store")])
     wrong = ((name, damage_of(path / name, known)) for name, known in commit["objects"].items())
     return ShardCheck(shard, commit, [Fault(name, reason) for name, reason in wrong if reason])
@@ -156,8 +192,8 @@ def foreign_objects(path: StorePath) -> list[Fault]:
         Fault(name, "is foreign: no record of the store knows it")
         for name in sorted(sizes_below(path), key=lambda name: name.split("/"))
         if name not in known
-        and name.partition("/")[0] not in _NO_PART
-        and not _LEFTOVER.fullmatch(name.rpartition("/")[2])
+        and name.partition("/")[0] not in UNLASTING
+        and not is_leftover(name.rpartition("/")[2])
     ]
 
 
@@ -212,29 +248,11 @@ def _later_commits(path: StorePath) -> set[int]:
     return {int(shard) for shard, later in found if later}
 
 
-def _sweep(path: StorePath) -> None:
-    """Remove temporary files of `atomic_file` that killed writers left; they only cost space.
-
-    Object storage has none.
-
-    A live writer touches its file all the time.  Should a clock be wrong by more than the limit,
-    its rename fails and its shard stays uncommitted; nothing that stands is ever lost.
-    """
-    if not isinstance(path, Path):
-        return
-    oldest = time.time() - _LEFTOVER_SECONDS
-    for place in path.rglob(".*.tmp"):
-        # Another process may sweep too, and the disk may be read-only.
-        with contextlib.suppress(OSError):
-            known = _LEFTOVER.fullmatch(place.name) and place.is_file() and not place.is_symlink()
-            if known and place.stat().st_mtime < oldest:
-                place.unlink()
-
-
 def complete_store(path: StorePath) -> dict[str, Any]:
     """Verify the whole store and write ``complete.json``, without which it cannot be opened.
 
-    Temporary files of killed writers are removed where they were not written to for an hour.
+    What killed writers left is removed: temporary files that were not written to for an hour, on S3
+    uploads that were not ended.
 
     Args:
         path: Folder of the store.
@@ -252,9 +270,10 @@ def complete_store(path: StorePath) -> dict[str, Any]:
     plan, identity = read_set_up(path)
     faults = check_plan(path)
     totals = {"ok": 0, "bad": 0}
-    commits = {}
+    commits, names = {}, set(plan["objects"])
     for check in check_shards(path):
         faults += check.faults
+        names |= set(check.commit.get("objects", ()))
         if not check.faults:
             totals = {name: count + check.commit[name] for name, count in totals.items()}
             commits[f"{check.shard:05d}"] = record_crc32(check.commit)
@@ -264,7 +283,7 @@ def complete_store(path: StorePath) -> dict[str, Any]:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         told = "; ".join(map(str, faults[:8]))
         raise DamageError(f"the part store {path} is not complete: {told}{more}; {WAY_OUT}")
-    _sweep(path)
+    sweep(path, names)
     record = {
         "version": VERSION,
         "images": identity.images,

@@ -256,8 +256,8 @@ class PartStore:
         """
         if not self.identity.image_cache:
             raise MissingError(
-                f"the part store {self.path} keeps no images; extract the parts anew with "
-                "--cache-images 256 into another --output"
+                f"the part store {self.path} keeps no images; extract or import the parts "
+                "anew with --cache-images 256 into another --output"
             )
         return ImageCache(self.path, self.identity, self._objects)
 

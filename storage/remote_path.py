@@ -4,14 +4,14 @@ Every request is made again while its failure may pass (`retries`).  On object s
 Cloud Storage, Azure) a file appears whole or not at all, as it does on a disk by a rename.
 """
 
+import contextlib
 import errno
 import fnmatch
 import os
 import uuid
 from collections.abc import Callable, Iterator
 from functools import total_ordering
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import UserError
 from .connections import Connection
@@ -26,6 +26,8 @@ BLOCK = 16 << 20
 """Bytes that take longer to come than a request takes to be answered."""
 
 _PART_TRIES = 5
+_LARGE = 50 << 20
+"""Bytes from which on a file may go in parts; s3fs begins at twice as many."""
 
 
 class RemoteStatus(NamedTuple):
@@ -161,13 +163,47 @@ class RemotePath:
 
     def write_bytes(self, data: bytes) -> None:
         """Put a whole file in its place; folders above it are made where the storage has such."""
-        self._put(lambda system, place: system.pipe_file(place, data))
+        self._put(lambda system, place: system.pipe_file(place, data), len(data))
 
-    def upload(self, file: Path) -> None:
-        """Put a copy of a file of this machine in its place, as `write_bytes` does."""
-        # A large file goes in parts, and each is to be tried again by itself.
-        parts = Connection(self._url, _PART_TRIES).system()
-        self._put(lambda system, place: parts.put_file(str(file), place))
+    def upload(self, file: BinaryIO) -> None:
+        """Put a copy of an open file of this machine in its place, as `write_bytes` does."""
+
+        def put(system: Any, place: str) -> None:
+            file.seek(0)  # where what follows is a duplicate of it, they share the position
+            system.put_file(f"/dev/fd/{file.fileno()}", place)
+
+        self._put(put, os.fstat(file.fileno()).st_size)
+
+    def end_uploads(self, is_own: Callable[[str], bool]) -> None:
+        """Drop the parts of files in this folder whose upload was begun and not ended.
+
+        Only S3 keeps them; elsewhere there are none.
+
+        Args:
+            is_own: Whether a file is meant, by its path relative to the folder.
+        """
+        if self._connection.protocol not in ("s3", "s3a"):
+            return
+
+        def drop(system: Any, place: str) -> None:
+            bucket, folder, _ = system.split_path(place)
+            above = f"{folder}/" if folder else ""
+            after: dict[str, str] = {}
+            while True:
+                asked = {"Bucket": bucket, "Prefix": above, **after}
+                found = system.call_s3("list_multipart_uploads", **asked)
+                for upload in found.get("Uploads", []):
+                    if is_own(upload["Key"].removeprefix(above)):
+                        # Its writer, or another sweep, may have ended it meanwhile.
+                        with contextlib.suppress(FileNotFoundError):
+                            system.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+                if not found.get("IsTruncated"):
+                    return
+                after = {
+                    f"{name}Marker": found[f"Next{name}Marker"] for name in ("Key", "UploadId")
+                }
+
+        self._ask(drop, "swept")
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove a file."""
@@ -197,7 +233,7 @@ class RemotePath:
             return None
         return found
 
-    def _put(self, write: Callable[[Any, str], object]) -> None:
+    def _put(self, write: Callable[[Any, str], object], size: int) -> None:
         def whole(system: Any, place: str) -> None:
             if self._connection.protocol in OBJECT_STORAGE:
                 write(system, place)
@@ -208,17 +244,24 @@ class RemotePath:
             write(system, temporary)
             system.mv(temporary, place)
 
+        # A large file goes in parts, and each is to be tried again by itself.
+        parts = Connection(self._url, _PART_TRIES) if size >= _LARGE else None
         try:
-            self._ask(whole, "written")
+            self._ask(whole, "written", parts)
         except FileNotFoundError as error:
             raise UserError(
                 f"cannot write {self._url}: there is no such bucket or server; make it, or name "
                 "another one"
             ) from error
 
-    def _ask(self, request: Callable[[Any, str], Result], doing: str) -> Result:
+    def _ask(
+        self,
+        request: Callable[[Any, str], Result],
+        doing: str,
+        connection: Connection | None = None,
+    ) -> Result:
         """What a request about this path gives."""
-        system, place = self._connection.system(), self._place
+        system, place = (connection or self._connection).system(), self._place
         try:
             return patiently(lambda: request(system, place), self._url, doing)
         except FileNotFoundError as error:

@@ -62,9 +62,17 @@ _PASSING_STATUS = {408, 425, 429}
 
 def is_own_fault(error: BaseException) -> bool:
     """Whether an error says something of the file itself: absent, forbidden, a folder."""
+    if _is_of_upload(error):
+        return False
     return isinstance(error, _OWN_KINDS) or (
         isinstance(error, OSError) and error.errno in _OWN_NUMBERS
     )
+
+
+def _is_of_upload(error: BaseException) -> bool:
+    """Whether S3 does not know, or no longer, the upload that a part belongs to."""
+    answer = getattr(error.__cause__, "response", None) or {}
+    return bool(answer.get("Error", {}).get("Code") == "NoSuchUpload")
 
 
 def may_pass(error: BaseException) -> bool:

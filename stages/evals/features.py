@@ -16,7 +16,7 @@ from ...pipeline.image_source import ImageSource, batches_in_order
 from ...pipeline.options import choose_device, require, require_finite
 from ...pipeline.progress import Progress
 from ...pipeline.sources import list_images
-from ..networks import OR_OWN, image_size_of, open_encoder, parse_image_size
+from ..networks import OR_OWN, Weights, image_size_of, open_encoder, parse_image_size
 
 PIXELS_SIDE = 32
 """Raw pixels are compared at this size, pixels down and across."""
@@ -31,6 +31,9 @@ class EvaluationOptions:
     checkpoint: Annotated[str, "Encoder: the folder of a run, a weight file, or timm:<name>."]
     data: Annotated[str, "Labelled images with a train and a val split."]
     output: Annotated[Path, "Results folder; each evaluation adds a record."]
+    weights: Annotated[
+        Weights, "Of a run: trained: those of its last step; ema: their average, if it kept one."
+    ] = "trained"
     image_size: Annotated[
         str | int,
         "Pixels of the centre crop, 224 or 224x320 (height x width); 0: the encoder's own size.",
@@ -86,7 +89,7 @@ class LabelledFeatures:
 def subjects_of(options: EvaluationOptions) -> list[Subject]:
     """The checkpoint, and the baselines that the options ask for."""
     device = choose_device(options.device)
-    encoder = open_encoder(options.checkpoint)
+    encoder = open_encoder(options.checkpoint, weights=options.weights)
     size = image_size_of(options.image_size, encoder.native_size, encoder.patch_size)
     found = [Subject("checkpoint", _encoded(encoder, options.pooling, device), size)]
     if options.baselines:

@@ -380,3 +380,26 @@ def test_loss__with_blocks_computed_again_keeps_less() -> None:
             model(random_images(8), random_mask(8), VISIBLE)
         kept.append(sum(sizes))
     assert kept[1] < kept[0] / 3
+
+
+def test_patch_losses__are_those_of_the_patches_that_they_name() -> None:
+    model, images, mask = autoencoder().eval(), random_images(3), random_mask(3)
+    losses, patches = model.patch_losses(images, mask, VISIBLE)
+    assert torch.equal(losses.mean(dim=1), model(images, mask, VISIBLE))
+    torch.manual_seed(1)
+    few, named = model.patch_losses(images, mask, VISIBLE, 4)
+    assert few.shape == named.shape == (3, 4)
+    for row in range(3):
+        assert sorted(patches[row].tolist()) == mask[row].nonzero().flatten().tolist()
+        assert set(named[row].tolist()) <= set(patches[row].tolist())
+        assert len(set(named[row].tolist())) == 4
+    # A change of one masked patch changes what is to be predicted there, and nowhere else.
+    side = images.shape[1] // 4
+    patch = int(patches[0, 2])
+    changed = images.clone()
+    top, left = patch // 4 * side, patch % 4 * side
+    changed[0, top : top + side, left : left + side] ^= 255
+    others, same_patches = model.patch_losses(changed, mask, VISIBLE)
+    assert torch.equal(same_patches, patches)
+    differs = (others - losses).abs() > 1e-6
+    assert differs.nonzero().tolist() == [[0, 2]]

@@ -109,7 +109,8 @@ class DeepTask(TinyTask):
         self.model.add_module("blocks", self.blocks)
         self.model.register_parameter("scale", self.scale)
         self.model.register_parameter("unused", nn.Parameter(torch.ones(3, 5)))
-        if int(os.environ.get("RANK", "0")) == failing:
+        self.is_failing = int(os.environ.get("RANK", "0")) == failing
+        if self.is_failing:
             self.fails_at = fails_at
 
     def values(self, x: Tensor) -> Tensor:

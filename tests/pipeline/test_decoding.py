@@ -7,9 +7,11 @@ import zlib
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -73,6 +75,16 @@ def test_decode_image__is_pillows_convert_for_8_bit_modes(kind: str, mode: str) 
 def test_decode_image__equals_pillow_on_rgb_jpegs(options: dict[str, Any]) -> None:
     data = encoded(PICTURE, "JPEG", **options)
     np.testing.assert_array_equal(decode_image(data), by_pillow(data))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_decode_image__leaves_pillow_the_header_alone_of_a_usual_jpeg(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(PICTURE.convert(mode), "JPEG")
+    expected = by_pillow(data)
+    monkeypatch.delattr(ImageFile.ImageFile, "load")
+    np.testing.assert_array_equal(decode_image(data), expected)
 
 
 def test_decode_image__keeps_the_colours_of_adobes_inverted_cmyk() -> None:
@@ -249,6 +261,29 @@ def test_decode_image__gives_pixels_or_the_same_bad_image_for_any_damage(
     first = outcome(bytes(data[:keep]))
     assert first == outcome(bytes(data[:keep]))
     assert isinstance(first, bytes) or first[0] in CODES
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    mode=st.sampled_from(["L", "RGB"]),
+    options=st.fixed_dictionaries(
+        {"progressive": st.booleans(), "subsampling": st.integers(0, 2)},
+        optional={"restart_marker_blocks": st.integers(1, 3)},
+    ),
+    changes=st.lists(st.tuples(st.integers(2, 3000), st.integers(0, 255)), max_size=3),
+    cut=st.integers(0, 40),
+)
+def test_decode_image__is_pillows_word_on_a_jpeg_with_any_damage(
+    mode: str, options: dict[str, Any], changes: list[tuple[int, int]], cut: int
+) -> None:
+    data = bytearray(encoded(PICTURE.convert(mode), "JPEG", **options))
+    for place, value in changes:
+        data[place % len(data)] = value
+    damaged = bytes(data[: len(data) - cut])
+    found = outcome(damaged)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simplejpeg, "decode_jpeg", Mock(side_effect=ValueError))
+        assert found == outcome(damaged)
 
 
 def test_decode_image__puts_pillows_switches_back_after_threads(

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from io import BytesIO
 from pathlib import Path
@@ -30,11 +30,13 @@ STEP = 40
 """Levels of grey between the colours of two parts."""
 
 
-def painted(root: Path, count: int, bad: Sequence[int] = ()) -> NDArray[np.uint8]:
+def painted(
+    root: Path, count: int, bad: Sequence[int] = (), grid: tuple[int, int] = (GRID, GRID)
+) -> NDArray[np.uint8]:
     """Images of several sizes painted by their own maps, two classes; the maps."""
-    maps = np.random.default_rng(3).integers(0, PARTS, (count, GRID, GRID), dtype=np.uint8)
+    maps = np.random.default_rng(3).integers(0, PARTS, (count, *grid), dtype=np.uint8)
     for number, places in enumerate(maps):
-        tall, wide = 12 + number % 3, 12 + number % 5
+        tall, wide = 96 // grid[0] + number % 3, 96 // grid[1] + number % 5
         pixels = np.kron(places * STEP, np.ones((tall, wide), dtype=np.uint8))
         place = root / "train" / "ab"[number % 2] / f"{number:03d}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -46,8 +48,14 @@ def painted(root: Path, count: int, bad: Sequence[int] = ()) -> NDArray[np.uint8
 
 
 class Example:
-    def __init__(self, root: Path, count: int = 24, bad: Sequence[int] = ()) -> None:
-        self.maps = painted(root, count, bad)
+    def __init__(
+        self,
+        root: Path,
+        count: int = 24,
+        bad: Sequence[int] = (),
+        grid: tuple[int, int] = (GRID, GRID),
+    ) -> None:
+        self.maps = painted(root, count, bad, grid)
         self.plan = list_images(root)
         self.numbers = [int(key.split("/")[-1][:3]) for key in self.plan.keys]
 
@@ -75,7 +83,7 @@ class Example:
             ImageSource(self.plan, rows),
             maps,
             PARTS,
-            image_size=(SIDE, SIDE),
+            image_size=other.pop("image_size", (SIDE, SIDE)),
             patch_size=PATCH,
             masks=masks,
             seed=seed,
@@ -107,6 +115,7 @@ def test_pretraining_data__has_the_shapes_it_says(example: Example) -> None:
         "mask": (torch.bool, (5, PATCHES)),
         "alpha": (torch.float32, (5,)),
         "index": (torch.int64, (5,)),
+        "parts": (torch.uint8, (5, PATCHES)),
     }
     assert batch["alpha"].tolist() == pytest.approx([(d.progress) ** 2 for d in draws_of(5)])
 
@@ -184,8 +193,9 @@ def parts_split_by(mask: torch.Tensor, images: torch.Tensor) -> tuple[list[int],
     of patches whose four middle pixels are of one part's colour."""
     counts, clear = [], []
     for pixels, row_mask in zip(images.numpy(), mask.numpy(), strict=True):
-        patches = pixels[..., 0].reshape(PATCH, PATCH, PATCH, PATCH)[:, 3:5, :, 3:5]
-        middle = patches.transpose(0, 2, 1, 3).reshape(PATCHES, 4).astype(int)
+        rows, columns = pixels.shape[0] // PATCH, pixels.shape[1] // PATCH
+        patches = pixels[..., 0].reshape(rows, PATCH, columns, PATCH)[:, 3:5, :, 3:5]
+        middle = patches.transpose(0, 2, 1, 3).reshape(-1, 4).astype(int)
         parts = np.rint(middle[:, 0] / STEP).astype(int)
         pure = (abs(middle - parts[:, None] * STEP) <= 1).all(axis=1)
         clear.append(pure.mean())
@@ -205,6 +215,62 @@ def test_pretraining_data__moves_image_and_map_together(epoch: int, example: Exa
     assert np.mean(parts_split_by(batch["mask"], mirrored)[0]) > 2
 
 
+@pytest.mark.parametrize("size", [(64, 64), (64, 96)])
+@pytest.mark.parametrize("grid", [(5, 9), (3, 2), (12, 12)])
+def test_pretraining_data__moves_image_and_map_together_whatever_grid_the_map_has(
+    grid: tuple[int, int], size: tuple[int, int], tmp_path: Path
+) -> None:
+    other = Example(tmp_path, grid=grid)
+    batch = other.data(alpha=1.0, image_size=size).__getitems__(draws_of(24))
+    split, clear = parts_split_by(batch["mask"], batch["images"])
+    assert max(split) <= 1
+    assert clear > 0.25
+    mirrored = batch["images"].flip(2)
+    assert np.mean(parts_split_by(batch["mask"], mirrored)[0]) > 1
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 0), (2, 1), (4, 2)])
+def test_pretraining_data__is_the_same_shared_out_among_ranks(
+    ranks: int, workers: int, example: Example
+) -> None:
+    schedule, device = Schedule(len(example.plan), 8, 2, 0.0, 0.1), torch.device("cpu")
+    data = example.data(alpha=None)
+    alone = list(batches_of(data, BatchSampler(schedule, 0, 1, 1), 0, device))
+    shares = [
+        list(
+            batches_of(data, BatchSampler(schedule, 0, 1, ranks, range(r, r + 1)), workers, device)
+        )
+        for r in range(ranks)
+    ]
+    assert len(alone) == schedule.steps - 1
+    for whole, parts in zip(alone, zip(*shares, strict=True), strict=True):
+        assert equal(whole, {name: torch.cat([part[name] for part in parts]) for name in whole})
+
+
+class CountingSampler(BatchSampler):
+    """Counts the lists of draws that were taken of it."""
+
+    taken_so_far = 0
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for draws in super().__iter__():
+            self.taken_so_far += 1
+            yield draws
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_of__works_two_batches_a_worker_ahead_at_most(
+    workers: int, example: Example
+) -> None:
+    sampler = CountingSampler(Schedule(len(example.plan), 2, 3, 0.0, 0.1), 0, 0, 1)
+    with closing(batches_of(example.data(), sampler, workers, torch.device("cpu"))) as batches:
+        for number, _ in enumerate(batches, 1):
+            assert number <= sampler.taken_so_far <= number + 2 * workers
+    assert number == len(sampler) == 36
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.75])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_pretraining_data__masks_the_same_count_in_every_image(
@@ -212,6 +278,18 @@ def test_pretraining_data__masks_the_same_count_in_every_image(
 ) -> None:
     batch = example.data(policy, alpha=None, ratio=ratio).__getitems__(draws_of(24))
     assert set((~batch["mask"]).sum(dim=1).tolist()) == {visible_count(PATCHES, ratio)}
+
+
+def test_pretraining_data__hands_on_the_parts_that_a_mask_follows(example: Example) -> None:
+    # Whole parts are masked but for the last one, by the parts that come with the mask.
+    for policy in ("semantic", "shuffled"):
+        batch = example.data(policy, alpha=1.0).__getitems__(draws_of(24))
+        for ids, mask in zip(batch["parts"], batch["mask"], strict=True):
+            kinds = [len(mask[ids == part].unique()) for part in ids.unique()]
+            assert kinds.count(2) <= 1
+    levels = PartMaps(example.maps.astype(np.float16), np.arange(len(example.plan)))
+    for data in (example.data("random"), example.data("attention", maps=levels)):
+        assert "parts" not in data.__getitems__(draws_of(4))
 
 
 def test_pretraining_data__attention_moves_with_the_image(example: Example) -> None:

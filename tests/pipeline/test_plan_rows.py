@@ -70,12 +70,40 @@ def test_plan__is_the_same_in_memory_and_in_a_file(images: int, short_runs: Path
     assert pickle.loads(pickle.dumps(long)).table.equals(short.table)
 
 
+def test_sorted_rows__has_no_named_file_that_a_kill_would_leave(short_runs: Path) -> None:
+    def watched() -> Iterator[pa.Table]:
+        for piece in pieces(150):
+            assert list(short_runs.iterdir()) == []
+            yield piece
+
+    assert sorted_rows(watched()).num_rows == 150
+
+
 def test_plan__in_a_file_refuses_an_image_twice_and_labels_without_a_name(short_runs: Path) -> None:
     twice = [*pieces(40), listed_rows(["b.tar"], [1], [3], [0], ["again.jpg"], [0])]
     with pytest.raises(ValueError, match=r"again.jpg' stands before|stands before '.*again.jpg"):
         Plan("/data", sorted_rows(twice), NAMES)
     with pytest.raises(ValueError, match="label 1 of"):
         Plan("/data", sorted_rows(pieces(40)), NAMES[:1])
+
+
+def test_sorted_rows__sorts_only_what_is_out_of_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a-b/0.jpg", "a/1.jpg", "a/2.jpg", "b/0.jpg"]
+
+    def rows_of(order: list[str]) -> pa.Table:
+        count = len(order)
+        listed = [listed_rows([name], [-1], [5], [-1]) for name in order]
+        rows = sorted_rows(listed)
+        assert isinstance(rows, pa.Table)
+        assert rows["index"].to_pylist() == list(range(count))
+        return rows
+
+    scattered = rows_of([names[2], names[0], names[3], names[1]])
+    assert scattered["path"].to_pylist() == scattered["key"].to_pylist() == names
+    monkeypatch.setattr(plan_rows, "_ORDER", [("no such column", "ascending")])
+    with pytest.raises(pa.ArrowInvalid):
+        rows_of(names[::-1])
+    assert rows_of(names).equals(scattered)
 
 
 def test_sorted_rows__says_where_there_is_no_room(

@@ -2,26 +2,38 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from semmae.errors import SettingError
+from semmae.pipeline import ranks
+from semmae.pipeline.feeding import Batch
+from semmae.pipeline.launching import launch
+from semmae.pipeline.loss_bins import LossBins
 from semmae.pipeline.options import TrainingOptions
 from semmae.pipeline.parallel import blocks
 from semmae.pipeline.training import fit
 from semmae.storage.checkpoints import checkpoints, load_checkpoint
+from semmae.storage.dumps import read_dump
 from semmae.tests.pipeline.peers import DeepTask, MistakenTask, Told, peer_run, together
 from semmae.tests.pipeline.tiny import (
     BATCH,
     PER_EPOCH,
     STEPS,
     TinyTask,
+    at,
+    averages,
+    dumped,
     flat,
     log_of,
     options,
     points_of,
+    poisoned,
     same,
+    step_of,
+    weighs_as,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,6 +138,30 @@ def test_fit__goes_on_with_another_number_of_processes(alone: Path, tmp_path: Pa
     assert_close(alone, run)
 
 
+# Figures of all processes.
+
+
+def figures_in(rank: int, output: Path) -> dict[str, float]:
+    found: dict[str, float] = {}
+
+    def train(given: TrainingOptions) -> Path:
+        bins = LossBins("by", (0.2, 0.4))
+        # The first bin is filled in one process alone, and the processes hold different counts.
+        shares = torch.tensor([0.1, 0.9, 0.9] if rank else [0.9])
+        bins.add(torch.arange(1.0, len(shares) + 1), shares)
+        found.update(bins.read())
+        found.update(ranks.largest({"a": 3.0 - rank, "b": rank + 2**-40}, torch.device("cpu")))
+        return given.output
+
+    launch(train, options(output))
+    return found
+
+
+def test_figures__are_of_all_processes(tmp_path: Path) -> None:
+    expected = {"by/0-0.2": 1.0, "by/0.4-1": 2.0, "a": 3.0, "b": 1 + 2**-40}
+    assert together(2, partial(figures_in, output=tmp_path)) == [Told(value=expected)] * 2
+
+
 # Mistakes.
 
 
@@ -172,6 +208,64 @@ def test_fit__refuses_processes_that_were_not_told_of_each_other(
     with pytest.raises(SettingError, match="WORLD_SIZE is 2, but this tiny run trains in one"):
         fit(TinyTask(), options(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+# Steps that are not finite, and the average of the weights.
+
+
+class PoisonedPeer(DeepTask):
+    """In the process of rank 1 two steps are not finite."""
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        value, scalars = super().loss(batch)
+        if step_of(batch) in (4, 5) and self.is_failing:
+            first: Any = self.model[0]
+            value = poisoned(value, first.weight, "gradients" if step_of(batch) == 4 else "loss")
+        return value, scalars
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_fit__all_processes_skip_what_one_cannot_compute(sharding: str, tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", {"micro_batch": 1, "clip_gradients": 0.5, "ema": 0.9}
+    work = partial(
+        peer_run, task=PoisonedPeer, sharding=sharding, checkpoint_steps=1, keep_checkpoints=0
+    )
+    told = together(2, partial(work, output=run, **settings))
+    assert [peer.error for peer in told] == ["", ""]
+    for step in (4, 5):
+        assert weighs_as(at(run, step), at(run, 3))
+    assert not weighs_as(at(run, 6), at(run, 5))
+    counted = [load_checkpoint(at(run, step)) for step in range(1, STEPS + 1) if step not in (4, 5)]
+    start = {name: value.clone() for name, value in DeepTask().model.state_dict().items()}
+    for state, expected in zip(counted, averages(start, counted, 0.9), strict=True):
+        for name, value in expected.items():
+            torch.testing.assert_close(state["ema"][name].double(), value, rtol=1e-5, atol=1e-6)
+    state = flat(load_checkpoint(at(run, STEPS)))
+    assert state[".guard.skipped"] == 2
+    assert all(bool(v.isfinite().all()) for v in state.values() if isinstance(v, Tensor))
+    found = read_dump(run / "non-finite" / "step-00000005.json")
+    assert [loss == "inf" for loss in found.record["losses"]] == [False, False, True, True]
+    assert found.arrays["index"].tolist() == found.record["samples"]
+    assert found.record["processes"] == 2
+    weights = load_checkpoint(at(run, 3))["model"]
+    assert all(np.array_equal(found.weights[name], w.numpy()) for name, w in weights.items())
+    assert dumped(run).count("weights-00000004.safetensors") == 1
+    # Killed within the row, and gone on with.
+    again = tmp_path / "again"
+    killed = partial(PoisonedPeer, 4 * BATCH // 2)
+    together(2, partial(work, output=again, **{**settings, "task": killed}))
+    assert checkpoints(again)[-1][0] == 4
+    assert together(2, partial(work, output=again, **settings)) == [Told(at(again, STEPS))] * 2
+    assert same(at(again, STEPS), at(run, STEPS))
+    assert log_of(again) == log_of(run)
+
+
+def test_fit__says_once_that_all_processes_stop(tmp_path: Path) -> None:
+    work = partial(peer_run, output=tmp_path, task=PoisonedPeer, skip_at_most=1)
+    told = together(2, work)
+    assert [peer.ended for peer in told] == [1, 1]
+    (said,) = (peer.error for peer in told if peer.error)
+    assert said.startswith("DamageError: loss or gradients are not finite in 2 steps in a row")
 
 
 # How batches are shared out.

@@ -77,6 +77,26 @@ def test_fit__survives_several_kills(whole: Whole, tmp_path: Path) -> None:
     assert [step for step, _ in kept] == list(range(1, STEPS + 1))
 
 
+def test_fit__logs_each_point_once_through_kills(whole: Whole, tmp_path: Path) -> None:
+    expected = log_of(whole.run, file="steps.jsonl")
+    due = {*range(3, STEPS + 1, 3), *range(PER_EPOCH, STEPS + 1, PER_EPOCH)}
+    assert [point["step"] for point in expected] == sorted(due)
+    run = tmp_path / "run"
+    for step in (PER_EPOCH + 2, 2 * PER_EPOCH + 4):
+        killed = TinyTask()
+        killed.fails_at = step if step < 2 * PER_EPOCH else step - PER_EPOCH
+        with pytest.raises(KilledError):
+            fit(killed, options(run))
+        # A point that was half written when the process ended.
+        with (run / "steps.jsonl").open("a") as opened:
+            opened.write('{"step": 1, "lo')
+    assert log_of(whole.run, file="steps.jsonl") == expected
+    fit(TinyTask(), options(run))
+    assert log_of(run, file="steps.jsonl") == expected
+    for name in ("train/loss", "train/weight_norm", "speed/data_wait"):
+        assert [step for step, _ in points_of(run, name)] == sorted(due)
+
+
 @pytest.mark.parametrize("where", ["save", "replace"])
 def test_fit__resumes_after_a_kill_while_a_checkpoint_is_written(
     where: str, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -203,15 +203,17 @@ def test_list_images__keeps_few_folders_in_memory(
     kept: list[weakref.ref[object]] = []
     plain = LocalRoot.scan
 
-    def watched(root: LocalRoot, folder: str, endings: Collection[str]) -> FolderListing:
+    def watched(
+        root: LocalRoot, folder: str, endings: Collection[str], sizes: bool = True
+    ) -> FolderListing:
         nonlocal most
-        listing = plain(root, folder, endings)
+        listing = plain(root, folder, endings, sizes)
         kept.append(weakref.ref(listing.sizes))
-        most = max(most, sum(sizes() is not None for sizes in kept))
+        most = max(most, sum(listed() is not None for listed in kept))
         return listing
 
     monkeypatch.setattr(LocalRoot, "scan", watched)
-    monkeypatch.setattr(plan_rows, "RUN_ROWS", 10)
+    monkeypatch.setattr(plan_rows, "RUN_ROWS", 2)
     found = list_images(tmp_path)
     assert found.sizes.tolist() == list(range(folders))
     assert most < 100

@@ -16,7 +16,7 @@ from semmae.pipeline.options import TrainingOptions
 from semmae.pipeline.randomness import Purpose, streams, uniforms
 from semmae.pipeline.schedule import Draw
 from semmae.pipeline.tasks import Task
-from semmae.storage.checkpoints import load_checkpoint
+from semmae.storage.checkpoints import checkpoints, load_checkpoint
 
 IMAGES, BATCH, EPOCHS = 22, 4, 4
 PER_EPOCH = IMAGES // BATCH
@@ -116,10 +116,25 @@ def same(one: Path, other: Path, but: tuple[str, ...] = ("options",)) -> bool:
     )
 
 
-def log_of(run: Path, *without: str) -> list[dict[str, Any]]:
-    timings = {"seconds", "data_wait", "images_per_second", *without}
-    lines = (run / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
+TIMINGS = {
+    "seconds",
+    "data_wait",
+    "images_per_second",
+    "tflops_per_second",
+    "mfu",
+    "host_gib",
+    "loader_gib",
+}
+"""Names in the logs that two equal runs need not share."""
+
+
+def lines_of(run: Path, file: str = "log.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
+
+
+def log_of(run: Path, *without: str, file: str = "log.jsonl") -> list[dict[str, Any]]:
+    left_out = {*TIMINGS, *without}
+    return [{k: v for k, v in line.items() if k not in left_out} for line in lines_of(run, file)]
 
 
 def points_of(run: Path, name: str) -> list[tuple[int, float]]:
@@ -133,3 +148,75 @@ class Whole:
     run: Path
     path: Path
     task: TinyTask
+
+
+def step_of(batch: Batch) -> int:
+    """The step that a batch belongs to, from 1."""
+    return int(batch["progress"][0] * STEPS + 1e-6) + 1
+
+
+def poisoned(value: Tensor, weight: Tensor, how: str) -> Tensor:
+    """A loss that is not finite, or one whose gradients alone are not."""
+    if how == "gradients":
+        return value + (weight * 0).sqrt().sum()
+    return value + (math.inf if how == "loss" else math.nan * weight.sum())
+
+
+class PoisonedTask(TinyTask):
+    """A task some of whose steps are not finite, whenever they are computed.
+
+    Args:
+        steps: Which, from 1.
+        how: ``loss``, ``gradients`` or ``both`` are not finite.
+        optimizer: ``fused``, or one that knows of no flag.
+    """
+
+    def __init__(self, *steps: int, how: str = "both", optimizer: str = "fused") -> None:
+        super().__init__()
+        self.steps, self.how, self.optimizer_kind = steps, how, optimizer
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        value, scalars = super().loss(batch)
+        if step_of(batch) in self.steps:
+            value = poisoned(value, self.first.weight, self.how)
+        return value, scalars
+
+    def optimizer(self, learning_rate: float, options: TrainingOptions) -> torch.optim.Optimizer:
+        if self.optimizer_kind == "fused":
+            return super().optimizer(learning_rate, options)
+        return torch.optim.SGD(self.model.parameters(), lr=learning_rate, momentum=0.9)
+
+
+def at(run: Path, step: int) -> Path:
+    return dict(checkpoints(run))[step]
+
+
+def dumped(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "non-finite").glob("*"))
+
+
+def weighs_as(one: Path, other: Path) -> bool:
+    """Whether weights, optimiser and average are the same, to the bit."""
+    first, second = (
+        flat({**state["model"], "mean": state.get("ema"), "moments": state["optimizer"]["state"]})
+        for state in map(load_checkpoint, (one, other))
+    )
+    assert first.keys() == second.keys()
+    return all(
+        torch.equal(value, second[name]) for name, value in first.items() if value is not None
+    )
+
+
+def averages(
+    start: dict[str, Tensor], states: list[dict[str, Any]], decay: float
+) -> list[dict[str, Tensor]]:
+    """The average after each step, computed in float64 from the weights of the checkpoints."""
+    average, found = {name: value.double() for name, value in start.items()}, []
+    for count, state in enumerate(states, start=1):
+        kept = min(decay, (1 + count) / (10 + count))
+        average = {
+            name: kept * value + (1 - kept) * state["model"][name].double()
+            for name, value in average.items()
+        }
+        found.append(average)
+    return found

@@ -5,7 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,9 +18,12 @@ from semmae.pipeline.schedule import Draw
 from semmae.pipeline.watching import Tell
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.extraction_worker import ExtractionWorker
+from semmae.stages.import_parts import ImportPartsOptions, import_parts
 from semmae.stages.pretrain import pretrain, pretraining_data
 from semmae.stages.show import parts_info
+from semmae.stages.store_care import RepairPartsOptions, repair_parts, verify_parts
 from semmae.storage.part_check import complete_store, damaged_shards
+from semmae.storage.part_identity import CacheFormat
 from semmae.storage.part_store import PartStore
 from semmae.tests.world import World, lasting_bytes, pretrain_options
 
@@ -183,6 +186,53 @@ def test_pretrain__from_a_raw_cache_sees_the_images_made_small(
     shuffled = (cached["images"].float() - data["images"].roll(1, 0).float()).abs().mean()
     assert 0 < off < shuffled / 2
     assert (cached["mask"] == data["mask"]).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("form", ["jpeg", "raw"])
+def test_import_parts__keeps_the_images_as_an_extraction_does(
+    world: World, jpeg_store: Path, raw_store: Path, tmp_path: Path, form: str
+) -> None:
+    extracted = lasting_bytes({"jpeg": jpeg_store, "raw": raw_store}[form])
+    options = ImportPartsOptions(
+        labels=world.labels, data=world.data, output=tmp_path / "true", grid=4, decode_threads=3
+    )
+    import_parts(options)
+    kept = replace(
+        options, output=tmp_path / "kept", cache_images=SIDE, cache_format=cast(CacheFormat, form)
+    )
+    import_parts(kept)
+    plain, cached = lasting_bytes(tmp_path / "true"), lasting_bytes(tmp_path / "kept")
+    images = {name for name in cached if name.startswith("images/")}
+    assert len(images) == 3
+    assert all(cached[name] == extracted[name] for name in images)
+    others = {name for name in plain if name.split("/")[0] in ("parts.zarr", "meta", "plan")}
+    assert all(cached[name] == plain[name] for name in others)
+    with pytest.raises(MismatchError, match="image_cache"):
+        import_parts(replace(kept, output=tmp_path / "true"))
+    settings = pretrain_options(world, tmp_path / "run", parts=tmp_path / "kept", images="cache")
+    assert pretrain(replace(settings, masking="semantic")).is_file()
+
+
+def test_repair_parts__of_an_imported_store_mends_its_cache(world: World, tmp_path: Path) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(world.data, data)
+    first = min((data / "train").rglob("*.png"))
+    first.write_bytes(b"not an image at all\n")
+    options = ImportPartsOptions(
+        labels=world.labels, data=str(data), output=tmp_path / "true", grid=4, cache_images=SIDE
+    )
+    import_parts(options)
+    sound = lasting_bytes(tmp_path / "true")
+    cache, store = PartStore.open(tmp_path / "true").image_cache(), tmp_path / "true"
+    with pytest.raises(MissingError, match="was bad"):
+        cache.read(0)
+    assert cache.read(1).size
+    (store / "images/00000.jpeg").write_bytes(sound["images/00000.jpeg"][:-9])
+    (store / "images/00002.jpeg").unlink()
+    named = {fault.name for fault in verify_parts(store)}
+    assert named == {"images/00000.jpeg", "images/00002.jpeg"}
+    repair_parts(RepairPartsOptions(parts=store))
+    assert lasting_bytes(store) == sound
 
 
 def test_pretrain__from_a_cache_needs_no_data_to_be_readable(

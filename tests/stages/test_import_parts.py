@@ -276,6 +276,7 @@ def test_import_parts__background_is_none_or_a_label(few: ImportPartsOptions) ->
     "changes",
     [
         *({"grid": 0}, {"grid": 257}, {"decode_threads": 0}, {"num_parts": 0}),
+        {"cache_images": -1},
         *({"num_parts": 256}, {"background": -2}, {"background": 255}),
         {"num_parts": 3, "background": 3},
     ],

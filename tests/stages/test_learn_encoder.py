@@ -101,10 +101,13 @@ def test_after_step__teacher_is_a_moving_average_that_slows_down(
         student += 1
     for progress in (0.0, 0.5, 1.0):
         before = teacher.detach().clone()
-        task.after_step(progress)
+        task.after_step(progress, torch.ones(()))
         share = 0.01 * (1 + math.cos(math.pi * progress)) / 2
         torch.testing.assert_close(teacher - before, share * (student - before))
     assert not torch.equal(teacher, began)
+    before = teacher.detach().clone()
+    task.after_step(0.0, torch.zeros(()))  # of a step that is skipped
+    assert torch.equal(teacher, before)
 
 
 def test_loss__teaches_the_student_alone(world: World, tmp_path: Path) -> None:

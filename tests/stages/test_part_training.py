@@ -117,7 +117,7 @@ def test_learning__tells_of_a_part_that_dies(
     def steps(count: int) -> None:
         for _ in range(count):
             shares.append(float(task.loss(batch)[1]["smallest_share"]))
-            task.after_step(0.25)
+            task.after_step(0.25, torch.ones(()))
 
     steps(60)
     assert capsys.readouterr().err == ""

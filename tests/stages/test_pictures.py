@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from semmae.stages.pictures import colours_of, overlay, soft_overlay
+from semmae.stages.pictures import colours_of, masked_parts, overlay, soft_overlay
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (32, 48, 3), dtype=np.uint8)
@@ -43,3 +43,13 @@ def test_soft_overlay__opacity_follows_the_maps() -> None:
     )
     assert np.abs(np.diff(row, axis=0)).max() <= 8
     assert (np.diff(row[:, 1]) >= 0).all()
+
+
+def test_masked_parts__shows_the_image_where_it_is_seen_and_the_part_where_it_is_not() -> None:
+    colours = colours_of(3, 0)
+    mask = RNG.random((4, 6)) < 0.5
+    drawn = masked_parts(IMAGE, mask.ravel(), LABELS, colours)
+    hidden = mask.repeat(8, axis=0).repeat(8, axis=1)
+    flat = colours[LABELS].repeat(8, axis=0).repeat(8, axis=1)
+    assert np.array_equal(drawn[hidden], flat[hidden])
+    assert np.array_equal(drawn[~hidden], overlay(IMAGE, LABELS, colours, 0.3)[~hidden])

@@ -1,7 +1,9 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,12 +11,21 @@ import torch
 from PIL import Image
 
 from semmae.errors import DamageError, MismatchError, MissingError, SettingError
+from semmae.models.autoencoder import MaskedAutoencoder
 from semmae.pipeline.crops import flips
+from semmae.pipeline.flops import FlopCount
+from semmae.pipeline.loss_bins import part_shares
 from semmae.pipeline.mask_policies import POLICIES
 from semmae.pipeline.randomness import Purpose, streams
 from semmae.pipeline.schedule import Draw
 from semmae.pipeline.sources import list_images
-from semmae.stages.pretrain import pretrain, pretraining_data
+from semmae.stages.pretrain import (
+    ALPHA_EDGES,
+    PART_SIZE_EDGES,
+    Pretraining,
+    pretrain,
+    pretraining_data,
+)
 from semmae.storage.checkpoints import load_checkpoint
 from semmae.storage.part_store import PartStore
 from semmae.tests.world import World, pretrain_options
@@ -41,6 +52,111 @@ def test_pretrain__writes_checkpoint_log_and_pictures(world: World, tmp_path: Pa
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+PART_SIZE = "loss_by_part_size"
+
+
+def losses_told(run: Path, name: str) -> list[dict[str, float]]:
+    """Losses by a share at each point of the logs, by the range of the share."""
+    points = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    return [
+        {key.partition("/")[2]: value for key, value in point.items() if key.startswith(f"{name}/")}
+        for point in points
+    ]
+
+
+@pytest.mark.parametrize("changes", [{}, {"predicted_share": 0.4}])
+def test_pretrain__tells_losses_by_alpha_and_by_part_size(
+    changes: dict[str, Any], world: World, tmp_path: Path
+) -> None:
+    settings = {"masking": "semantic", "parts": world.store, "log_steps": 1, **changes}
+    options = pretrain_options(world, tmp_path / "run", micro_batch=8, **settings)
+    pretrain(options)
+    by_alpha, by_size = (losses_told(options.output, n) for n in ("loss_by_alpha", PART_SIZE))
+    data, schedule = pretraining_data(options), options.schedule(72)
+    order = schedule.permutation(options.seed, 0)
+    for step in range(4):
+        batch = data.__getitems__(schedule.draws(step, order))
+        assert by_alpha[step].keys() == ranges_of(batch["alpha"], ALPHA_EDGES)
+        sizes = ranges_of(part_shares(batch["parts"])[batch["mask"]], PART_SIZE_EDGES)
+        # Patches that are not predicted have no loss.
+        assert by_size[step].keys() <= sizes if changes else by_size[step].keys() == sizes
+
+
+def ranges_of(shares: torch.Tensor, edges: tuple[float, ...]) -> set[str]:
+    """Names of the ranges that shares lie in."""
+    ends = [0.0, *edges, 1.0]
+    found = np.searchsorted(np.array(edges, np.float32), shares.flatten().numpy(), side="right")
+    return {f"{ends[place]:g}-{ends[place + 1]:g}" for place in found.tolist()}
+
+
+def test_pretraining__losses_told_are_means_of_the_losses_of_patches(
+    world: World, tmp_path: Path
+) -> None:
+    options = pretrain_options(world, tmp_path, masking="semantic", parts=world.store)
+    data = pretraining_data(options)
+    model = MaskedAutoencoder(options.architecture())
+    task = Pretraining(model, data, options)
+    draws = [Draw(index, 0, index / 72) for index in range(72)]
+    batches = [data.__getitems__(draws[:40]), data.__getitems__(draws[40:])]
+    losses, shares, alphas = [], [], []
+    with torch.no_grad():
+        for batch in batches:
+            task.loss(batch)
+            found, patches = model.patch_losses(batch["images"], batch["mask"], 4)
+            losses.append(found)
+            shares.append(part_shares(batch["parts"]).gather(1, patches))
+            alphas.append(batch["alpha"])
+    loss, share, alpha = (torch.cat(values).numpy() for values in (losses, shares, alphas))
+    told = task.figures()
+    assert task.figures() == {}
+    expected = {}
+    for name, values, by, edges in (
+        ("loss_by_alpha", loss.mean(axis=1), alpha, ALPHA_EDGES),
+        (PART_SIZE, loss, share, PART_SIZE_EDGES),
+    ):
+        ends = [0.0, *edges, 1.1]
+        for low, high in itertools.pairwise(ends):
+            chosen = values[(by >= np.float32(low)) & (by < np.float32(high))]
+            if chosen.size:
+                expected[f"{name}/{low:g}-{min(high, 1):g}"] = chosen.mean()
+    assert told == pytest.approx(expected, rel=1e-5)
+    assert sum(name.startswith("loss_by_alpha") for name in told) == 5
+
+
+@pytest.mark.parametrize("changes", [{}, {"predicted_share": 0.4, "recompute": True}])
+def test_pretraining__knows_the_flops_of_its_step(
+    changes: dict[str, Any], world: World, tmp_path: Path
+) -> None:
+    options = pretrain_options(world, tmp_path, **changes)
+    data = pretraining_data(options)
+    model = MaskedAutoencoder(options.architecture())
+    task = Pretraining(model, data, options)
+    model.recomputes = False
+    batch = data.__getitems__([Draw(index, 0, 0.0) for index in range(6)])
+    with FlopCount() as count:
+        task.loss(batch)[0].backward()  # type: ignore[no-untyped-call]
+    assert task.flops(6) == count.flops > 0
+
+
+def test_pretrain__random_masks_follow_neither_alpha_nor_parts(
+    world: World, tmp_path: Path
+) -> None:
+    pretrain(pretrain_options(world, tmp_path, parts=world.store, log_steps=1))
+    assert losses_told(tmp_path, "loss_by_alpha") == losses_told(tmp_path, PART_SIZE) == [{}] * 4
+
+
+def test_pretrain__draws_masks_over_the_parts_that_they_follow(
+    world: World, tmp_path: Path
+) -> None:
+    heights = {}
+    for masking in ("random", "semantic"):
+        run = tmp_path / masking
+        pretrain(pretrain_options(world, run, masking=masking, parts=world.store))
+        with Image.open(run / "pictures" / "reconstructions-epoch-0001.png") as picture:
+            heights[masking] = picture.height
+    assert heights == {"random": 3 + 3 * 131, "semantic": 3 + 4 * 131}
 
 
 def test_pretrain__masking_changes_only_the_masks(
@@ -112,8 +228,6 @@ def test_pretrain__alpha_by_epoch_is_the_same_all_through_it(world: World, tmp_p
 
 
 def test_pretrain__an_incomplete_store_is_refused(world: World, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(world.store, tmp_path / "store")
     (tmp_path / "store" / "complete.json").unlink()
     options = pretrain_options(world, tmp_path / "run", masking="semantic")
@@ -121,6 +235,39 @@ def test_pretrain__an_incomplete_store_is_refused(world: World, tmp_path: Path) 
 
     with pytest.raises(DamageError, match="not complete"):
         pretrain(replace(options, parts=tmp_path / "store"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pretrain__refuses_images_that_changed_since_their_parts_were_made(
+    workers: int, world: World, tmp_path: Path
+) -> None:
+    shutil.copytree(world.data, tmp_path / "images")
+    settings = {"data": str(tmp_path / "images"), "parts": world.store, "masking": "semantic"}
+    options = pretrain_options(world, tmp_path / "run", **settings, loader_workers=workers)
+    first, last = (tmp_path / "images" / list_images(world.data, "train").key(i) for i in (0, 71))
+    extra = first.with_name("one-more.png")
+    shutil.copy(last, extra)
+    with pytest.raises(
+        MismatchError, match=f"lacks 1 of 73 .*{extra.name} first; run extract-parts"
+    ):
+        pretrain(options)
+    extra.unlink()
+    for image in (tmp_path / "images").rglob("*.png"):
+        image.write_bytes(image.read_bytes() + b"!")
+    with pytest.raises(MismatchError, match=r"\.png has \d+ bytes, and had \d+ when it was listed"):
+        pretrain(options)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_pretrain__trains_on_what_is_left_of_the_images(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.data, tmp_path / "images")
+    plan = list_images(tmp_path / "images", "train")
+    Path(plan.root, plan.key(5)).unlink()
+    options = pretrain_options(world, tmp_path / "run", parts=world.store, masking="semantic")
+    data = pretraining_data(dataclasses.replace(options, data=str(tmp_path / "images")))
+    whole = pretraining_data(options)
+    assert (len(data), len(whole)) == (71, 72)
+    assert data.fingerprint != whole.fingerprint
 
 
 def test_pretrain__a_store_of_other_images_is_refused(world: World, tmp_path: Path) -> None:

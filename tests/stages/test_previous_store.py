@@ -9,7 +9,9 @@ import pytest
 
 from semmae.errors import DamageError, MismatchError, SettingError
 from semmae.pipeline.watching import Tell
+from semmae.stages import extraction_forecast
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
+from semmae.stages.extraction_forecast import forecast_extraction
 from semmae.stages.extraction_worker import ExtractionWorker
 from semmae.storage.part_store import PartStore
 from semmae.tests.world import World, lasting_bytes
@@ -147,3 +149,61 @@ def test_update__from_a_store_of_other_parts_is_refused(
 def test_update__of_a_store_from_itself_is_refused(world: World, old: Path) -> None:
     with pytest.raises(SettingError, match="--update and --output are both"):
         options_for(world, Path(world.data), old, update=old)
+
+
+# What an update would do.
+
+
+def test_forecast__of_an_update_tells_what_is_taken_over_at_most(
+    world: World, changed: Path, old: Path, tmp_path: Path
+) -> None:
+    options = options_for(world, changed, tmp_path / "new", update=old)
+    told = forecast_extraction(options)
+    # One image is new; the one with another's content has another size, too.
+    assert told["taken over"] == f"at most 70, whose names and sizes are those of {old}"
+    assert told["encoded"] == "at least 2"
+    assert "on 2 images; " in told["rate of a worker"]
+    assert told["rate of a worker"].endswith(" images/s that are taken over, on 16")
+    assert not (tmp_path / "new").exists()
+    extract_parts(options, Counts)
+    assert sum(Counts.seen) == 2
+
+
+def test_forecast__of_an_update_that_is_half_done_counts_what_is_left(
+    world: World, changed: Path, old: Path, tmp_path: Path
+) -> None:
+    options = options_for(world, changed, tmp_path / "new", update=old)
+    with pytest.raises(KeyboardInterrupt):
+        extract_parts(options, Stops)
+    told = forecast_extraction(options)
+    # Both images that are new lie in the first shard.
+    assert (told["done already"], told["encoded"]) == (32, "at least 0")
+    assert told["taken over"].startswith("at most 40, ")
+
+
+def test_forecast__of_an_update_with_nothing_new_still_gives_time_and_size(
+    world: World, old: Path, tmp_path: Path
+) -> None:
+    told = forecast_extraction(options_for(world, Path(world.data), tmp_path / "new", update=old))
+    assert told["encoded"] == "at least 0"
+    fresh = forecast_extraction(options_for(world, Path(world.data), tmp_path / "new"))
+    assert "taken over" not in fresh
+    # Maps that are taken over take the same space as those that are made.
+    assert told["store"] == fresh["store"]
+
+
+def test_forecast__measures_what_is_taken_over_with_the_earlier_store(
+    world: World, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Watched(Counts):
+        def __call__(self, shard: int, tell: Tell = print) -> dict[str, object]:
+            record = super().__call__(shard, tell)
+            seen.append((self._settings.update, record["ok"], sum(Counts.seen)))
+            Counts.seen = []
+            return record
+
+    monkeypatch.setattr(extraction_forecast, "ExtractionWorker", Watched)
+    forecast_extraction(options_for(world, Path(world.data), tmp_path / "new", update=old))
+    assert seen == [*[(None, 8, 8)] * 2, *[(None, 16, 16)] * 2, *[(old, 16, 0)] * 2]

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import signal
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +36,7 @@ from semmae.stages.show import (
     show_parts,
 )
 from semmae.stages.store_care import RepairPartsOptions, repair_parts, verify_parts
-from semmae.storage import mapped_arrays, part_writer
+from semmae.storage import mapped_arrays, part_writer, remote_path
 from semmae.storage.files import read_json, write_json
 from semmae.storage.part_store import PartStore
 from semmae.storage.part_writer import create_store
@@ -80,7 +82,8 @@ def bucket(s3_server: S3Server) -> Iterator[str]:
     client.create_bucket(Bucket=name)
     yield f"s3://{name}"
     keys = [{"Key": key} for key in objects_of(s3_server)]
-    client.delete_objects(Bucket=name, Delete={"Objects": keys})
+    if keys:
+        client.delete_objects(Bucket=name, Delete={"Objects": keys})
     client.delete_bucket(Bucket=name)
 
 
@@ -375,7 +378,26 @@ def test_forecast_extraction__to_s3_writes_nothing_there(
     assert objects_of(direct_s3) == before
 
 
-def test_upload__of_a_large_file_is_tried_again_part_by_part(
+# Large files, and uploads that are killed.
+
+
+def in_small_parts(monkeypatch: pytest.MonkeyPatch, size: int = 1 << 16) -> None:
+    """Let files of twice a size go in parts of it."""
+    monkeypatch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", 1)
+    monkeypatch.setattr(remote_path, "_LARGE", 2 * size)
+    monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda *_, **__: size)
+    monkeypatch.setattr(s3fs.S3FileSystem._pipe_file, "__defaults__", (size, None, "overwrite"))
+
+
+def uploads_of(server: S3Server) -> set[str]:
+    """Keys of the uploads that were begun and not ended."""
+    found = server.client.list_multipart_uploads(Bucket="stores").get("Uploads", [])
+    return {upload["Key"] for upload in found}
+
+
+@pytest.mark.parametrize("way", ["write_bytes", "upload"])
+def test_remote_path__tries_a_large_file_again_part_by_part(
+    way: str,
     output: StorePath,
     faulty_s3: FaultyProxy,
     s3_server: S3Server,
@@ -383,13 +405,126 @@ def test_upload__of_a_large_file_is_tried_again_part_by_part(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert isinstance(output, RemotePath)
-    monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda size, chunksize=None: 5 << 20)
-    data = np.random.default_rng(0).bytes(16 << 20)
+    in_small_parts(monkeypatch)
+    data = np.random.default_rng(0).bytes(200 << 10)
     (tmp_path / "file").write_bytes(data)
-    output.upload(tmp_path / "file")
+    if way == "upload":
+        with (tmp_path / "file").open("rb") as file:
+            output.upload(file)
+    else:
+        output.write_bytes(data)
     faulty_s3.calm = True
     assert b"".join(output.blocks()) == data
     parts = [request for request in faulty_s3.requests if "partNumber=" in request]
     assert len({request.partition("partNumber=")[2] for request in parts}) == 4
     assert max(faulty_s3.requests[request] for request in parts) > 1
-    assert "Uploads" not in s3_server.client.list_multipart_uploads(Bucket="stores")
+    # One upload, of which some parts were put twice: not one upload a failure.
+    assert len({request.partition("uploadId=")[2].split("&")[0] for request in parts}) == 1
+    assert uploads_of(s3_server) == set()
+
+
+def test_remote_path__begins_again_an_upload_that_another_ended(
+    output: StorePath, direct_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_small_parts(monkeypatch)
+    monkeypatch.setattr(remote_path, "_PART_TRIES", 1)  # this server answers 500, not 404
+    call = s3fs.S3FileSystem._call_s3
+    ended: list[str] = []
+
+    async def ends_it_first(self: Any, method: str, *rest: Any, **asked: Any) -> Any:
+        if method == "upload_part" and asked["PartNumber"] == 2 and not ended:
+            ended.append(asked["UploadId"])
+            named = {name: asked[name] for name in ("Bucket", "Key", "UploadId")}
+            direct_s3.client.abort_multipart_upload(**named)
+        return await call(self, method, *rest, **asked)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", ends_it_first)
+    data = bytes(150 << 10)
+    assert isinstance(output, RemotePath)
+    output.write_bytes(data)
+    assert len(ended) == 1
+    assert output.stat().st_size == len(data)
+    assert uploads_of(direct_s3) == set()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_extract_parts__killed_in_an_upload_leaves_nothing_once_it_is_run_again(
+    world: World,
+    local: Path,
+    output: StorePath,
+    direct_s3: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    options = options_for(world, output)
+    child = os.fork()
+    if child == 0:
+        call = s3fs.S3FileSystem._call_s3
+
+        async def killed(self: Any, method: str, *rest: Any, **asked: Any) -> Any:
+            if method == "complete_multipart_upload":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return await call(self, method, *rest, **asked)
+
+        try:
+            monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", killed)
+            in_small_parts(monkeypatch, 1 << 10)
+            extract_parts(options)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
+    (left,) = uploads_of(direct_s3)
+    assert left.startswith("store/")
+    others = {"store/notes", "store2/images/00000.jpeg"}
+    for key in others:
+        direct_s3.client.create_multipart_upload(Bucket="stores", Key=key)
+    extract_parts(options)
+    assert uploads_of(direct_s3) == others
+    assert lasting_bytes(output) == lasting_bytes(local)
+    for upload in direct_s3.client.list_multipart_uploads(Bucket="stores")["Uploads"]:
+        named = {name: upload[name] for name in ("Key", "UploadId")}
+        direct_s3.client.abort_multipart_upload(Bucket="stores", **named)
+
+
+def test_end_uploads__goes_through_all_pages(
+    output: StorePath, direct_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [f"store/images/{number}" for number in range(5)]
+    for key in keys:
+        direct_s3.client.create_multipart_upload(Bucket="stores", Key=key)
+    found = direct_s3.client.list_multipart_uploads(Bucket="stores")["Uploads"]
+
+    def paged(self: Any, method: str, KeyMarker: str = "", **asked: Any) -> Any:
+        here = [upload for upload in found if upload["Key"] > KeyMarker][:2]
+        more = here[-1]["Key"] < keys[-1]
+        after = {"NextKeyMarker": here[-1]["Key"], "NextUploadIdMarker": here[-1]["UploadId"]}
+        return {"Uploads": here, "IsTruncated": more, **(after if more else {})}
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "call_s3", paged)
+    assert isinstance(output, RemotePath)
+    output.end_uploads(lambda name: name != "images/3")
+    assert uploads_of(direct_s3) == {"store/images/3"}
+    output.end_uploads(lambda name: True)
+    assert uploads_of(direct_s3) == set()
+
+
+def test_extract_parts__without_the_right_to_list_uploads_completes_all_the_same(
+    world: World,
+    local: Path,
+    output: StorePath,
+    direct_s3: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refused = []
+
+    def denies(self: Any, method: str, **asked: Any) -> Any:
+        refused.append(method)
+        raise PermissionError("AccessDenied")
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "call_s3", denies)
+    extract_parts(options_for(world, output))
+    assert refused == ["list_multipart_uploads"]
+    assert lasting_bytes(output) == lasting_bytes(local)

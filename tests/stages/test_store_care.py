@@ -61,6 +61,46 @@ def test_repair_parts__mends_a_lost_record_of_the_plan(store: Path, world: World
     assert lasting_bytes(store) == lasting_bytes(world.store)
 
 
+@pytest.mark.parametrize("harm", ["altered", "deleted"])
+def test_verify_parts__checks_the_shards_where_the_plan_is_lost(
+    store: Path, world: World, harm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if harm == "deleted":
+        (store / "plan.json").unlink()
+    else:
+        record = (store / "plan.json").read_bytes()
+        (store / "plan.json").write_bytes(record.replace(b'"images": 72', b'"images": 73'))
+    assert [fault.name for fault in verify_parts(store)] == ["plan.json"]
+    assert "without a sound plan.json, shards are compared" in capsys.readouterr().err
+    (store / "meta/part-00000.parquet").unlink()
+    labels = store / "parts.zarr/labels/c/1/0/0"
+    labels.write_bytes(labels.read_bytes()[:-1] + b"?")
+    (store / "commits/00002.json").unlink()
+    assert {str(fault) for fault in verify_parts(store)[1:]} == {
+        "meta/part-00000.parquet is missing",
+        "parts.zarr/labels/c/1/0/0 has a wrong checksum",
+        "commits/00002.json is missing: the shard is not committed",
+    }
+    repair_parts(RepairPartsOptions(parts=store))
+    assert lasting_bytes(store) == lasting_bytes(world.store)
+
+
+def test_verify_parts__without_plan_and_complete_record_checks_what_is_committed(
+    store: Path,
+) -> None:
+    (store / "plan.json").write_bytes(b"?")
+    (store / "complete.json").write_bytes(b"?")
+    shutil.copy(store / "commits/00000.json", store / "commits/00001.json")
+    (store / "parts.zarr/labels/c/2/0/0").unlink()
+    (store / "commits/notes.json").touch()
+    assert [fault.name for fault in verify_parts(store)] == [
+        "plan.json",
+        "complete.json",
+        "commits/00001.json",
+        "parts.zarr/labels/c/2/0/0",
+    ]
+
+
 def test_repair_parts__ends_a_store_that_was_never_complete(world: World, tmp_path: Path) -> None:
     class BrokenOff(ExtractionWorker):
         def __call__(self, shard: int, tell: Tell = lambda images: None) -> dict[str, Any]:

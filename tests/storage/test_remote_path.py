@@ -1,7 +1,9 @@
 """Paths behind URLs, in memory, and in a file system with real folders behind a URL."""
 
 import errno
+import os
 import pickle
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +157,29 @@ def test_atomic_file__behind_a_url_stands_when_the_block_ends_well(root: RemoteP
     assert (root / "file").read_bytes() == b"whole"
     assert not temporary.exists()
     assert sorted(sizes_below(root)) == ["file", "keep"]
+
+
+def test_atomic_file__behind_a_url_has_no_named_file_that_a_kill_would_leave(
+    memory: RemotePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with atomic_file(memory / "file") as temporary, temporary.open("wb") as file:
+        file.write(b"content")
+        file.flush()
+        assert list(tmp_path.iterdir()) == []
+    assert (memory / "file").read_bytes() == b"content"
+
+
+def test_atomic_file__behind_a_url_says_where_there_is_no_room(
+    memory: RemotePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = r"memory://bucket/file is put together .*\(No space left.* environment variable TMPDIR"
+    with pytest.raises(UserError, match=told), atomic_file(memory / "file"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="TMPDIR"), atomic_file(memory / "file"):
+        raise AssertionError("there is no file to write to")
+    assert not (memory / "file").exists()
 
 
 def test_remote_path__asks_again_what_may_pass(

@@ -1,0 +1,106 @@
+"""Dumps of training steps whose loss or gradients were not finite.
+
+A dump is ``RUN/non-finite/step-<8 digits>.json``: what was computed of what, to be read by people
+too.  Beside it are a ``.safetensors`` of its name with masks and whatever else is small, and the
+weights it was computed with, ``weights-<8 digits>.safetensors`` of the first step of its row: steps
+that are skipped change no weight, so a row of them shares one file.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from ..errors import DamageError
+from .files import describe, read_checked, read_json, write_atomically, write_json
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class Dump(NamedTuple):
+    """A dump as it is read back.
+
+    Attributes:
+        record: What `write_dump` was given.
+        arrays: Likewise.
+        weights: Tensors by name.
+    """
+
+    record: dict[str, Any]
+    arrays: dict[str, NDArray[Any]]
+    weights: dict[str, NDArray[Any]]
+
+
+def dumps_folder(run: Path) -> Path:
+    """Where the dumps of a run are."""
+    return run / "non-finite"
+
+
+def write_dump(
+    run: Path, step: int, first: int, record: Mapping[str, Any], arrays: Arrays, weights: Arrays
+) -> Path:
+    """Write the dump of a step.
+
+    Args:
+        run: Folder of the run.
+        step: The step, from 1.
+        first: First step of the row of skipped ones that it is in; only its dump writes the
+            weights.
+        record: Plain data; numbers that are not finite become the texts ``nan``, ``inf`` and
+            ``-inf``.
+        arrays: By name.
+        weights: By name; the same as ``first`` wrote.
+
+    Returns:
+        The ``.json`` file.
+
+    Raises:
+        UserError: The system refused the write.
+    """
+    folder = dumps_folder(run)
+    kept, weight_data = folder / f"weights-{first:08d}.safetensors", _file(weights)
+    if step == first:
+        write_atomically(kept, weight_data)
+    beside, data = folder / f"step-{step:08d}.safetensors", _file(arrays)
+    write_atomically(beside, data)
+    path = beside.with_suffix(".json")
+    files = {"arrays": (beside, data), "weights": (kept, weight_data)}
+    described = {part: {"name": p.name, **describe(d)} for part, (p, d) in files.items()}
+    write_json(path, {**_told(record), "files": described})
+    return path
+
+
+def _file(arrays: Arrays) -> bytes:
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+
+
+def _told(value: Any) -> Any:
+    """Plain data with every number as JSON can tell it."""
+    if isinstance(value, Mapping):
+        return {name: _told(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_told(item) for item in value]
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def read_dump(path: Path) -> Dump:
+    """Read a dump.
+
+    Args:
+        path: Its ``.json`` file.
+
+    Raises:
+        MissingError: It is not there.
+        DamageError: It or a file that belongs to it is not what was written.
+    """
+    record = read_json(path)
+    if "files" not in record:
+        raise DamageError(f"{path} is no dump: expected RUN/non-finite/step-*.json")
+    parts = []
+    for part in ("arrays", "weights"):
+        name, size, crc32 = (record["files"][part][key] for key in ("name", "size", "crc32"))
+        parts.append(load(read_checked(path.with_name(name), {"size": size, "crc32": crc32})))
+    return Dump(record, *parts)
