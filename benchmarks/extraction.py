@@ -317,13 +317,13 @@ class Idler:
 def placing(given: argparse.Namespace, work: Path) -> None:
     import ray
 
-    from semmae.pipeline import cluster
+    from semmae.pipeline.ray_cluster import RayCluster
 
     count, shards = 32, 157
     # More processors than there are: the fakes need none.
     ray.init(num_cpus=count + 8, include_dashboard=False, log_to_driver=False)
     address = ray.get_runtime_context().gcs_address
-    cluster._OnRay._join = lambda self: None  # type: ignore[method-assign]
+    RayCluster._join = lambda self: None  # type: ignore[method-assign]
     with open_workers(Placement(workers=count, address=address, device="cpu")) as there:
         records = list(there.map(lambda: Sleeper(work, count), range(shards)))
         ends = [time.monotonic() for _ in there.map(Idler, range(IDLE_SHARDS))]

@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from semmae.errors import MissingError, SettingError, UserError
-from semmae.pipeline import cluster, watching
+from semmae.pipeline import ray_cluster, ray_shards, watching
 from semmae.pipeline.cluster import open_workers
 from semmae.pipeline.placement import Placement
 from semmae.pipeline.watching import Tell
@@ -103,8 +103,8 @@ def four_gpus() -> Iterator[str]:
 @pytest.fixture
 def joined(four_gpus: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The address of that Ray, which stays when the workers are left."""
-    monkeypatch.setattr(cluster._OnRay, "_join", lambda self: None)
-    monkeypatch.setattr(cluster._OnRay, "_leave", lambda self: None)
+    monkeypatch.setattr(ray_cluster.RayCluster, "_join", lambda self: None)
+    monkeypatch.setattr(ray_cluster.RayCluster, "_leave", lambda self: None)
     return four_gpus
 
 
@@ -159,7 +159,7 @@ def growing(joined: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], No
             refused = [SimpleNamespace(details=f"{group}:PACK|PENDING") for group in groups]
             return SimpleNamespace(infeasible_gang_resource_requests=refused)
 
-        monkeypatch.setattr(cluster, "_autoscaling_state", state)
+        monkeypatch.setattr(ray_cluster, "_autoscaling_state", state)
 
     return grows
 
@@ -244,7 +244,7 @@ def dies() -> Fake:
 def test_map__workers_that_only_die_are_given_up(
     joined: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cluster, "MOST_DEATHS", 1)
+    monkeypatch.setattr(ray_shards, "MOST_DEATHS", 1)
     with pytest.raises(UserError, match="workers died 3 times and did not one shard"):
         run(Placement(workers=2, address=joined), dies, range(4))
     assert "a worker died at shard" in capfd.readouterr().err
