@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ import torch
 from semmae.pipeline.cluster import open_workers
 from semmae.pipeline.image_loading import LoadedImage, load_image
 from semmae.pipeline.placement import Placement
+from semmae.pipeline.shard_worker import OneBehind, Record
 from semmae.pipeline.sources import ImageReader, list_images
 from semmae.pipeline.watching import Tell
 from semmae.stages.extract_parts import (
@@ -47,7 +49,7 @@ from semmae.stages.extract_parts import (
 from semmae.stages.extraction_worker import ExtractionWorker
 from semmae.stages.store_care import verify_parts
 from semmae.stages.worker_settings import WorkerSettings
-from semmae.storage.part_writer import create_store
+from semmae.storage.part_writer import create_store, uncommit
 from semmae.storage.store_paths import sizes_below
 
 BATCH = 8
@@ -122,13 +124,14 @@ def steady(given: argparse.Namespace, work: Path) -> None:
             learner(encoder(batch), worker.identity.grid, batch)
 
     subjects: dict[str, Callable[[], Any]] = {
-        "worker": lambda: worker(0),
+        "worker": lambda: worker(0).result(),
         "bare": bare,
         "learner": with_learner,
     }
     taken: dict[str, list[float]] = {name: [] for name in subjects}
     for turn in range(given.rounds + 1):
         for name, run in subjects.items():
+            uncommit(settings.output, [0])
             began = time.process_time()
             run()
             if turn:  # the first one warms up
@@ -151,10 +154,10 @@ def rate_of(ends: list[float], images: int, workers: int) -> float:
 def plain(given: argparse.Namespace, work: Path) -> None:
     """A process that does shards by itself; prints when each ended."""
     settings = WorkerSettings(**json.loads(given.settings, object_hook=_paths))
-    worker = ExtractionWorker(settings)
-    for shard in given.shards:
-        worker(shard)
-        print(time.monotonic(), flush=True)
+    worker = OneBehind(ExtractionWorker(settings))
+    for written in (*(worker.do(shard, lambda _: None) for shard in given.shards), worker.finish()):
+        for _ in written:
+            print(time.monotonic(), flush=True)
 
 
 def _paths(values: dict[str, Any]) -> dict[str, Any]:
@@ -249,9 +252,15 @@ class FakeEncoder(ExtractionWorker):
     def _encode(self, loaded: list[LoadedImage], precision: str = "") -> dict[str, torch.Tensor]:
         return self._nothing()
 
-    def __call__(self, shard: int, tell: Tell = lambda images: None) -> dict[str, Any]:
-        record = super().__call__(shard, tell)
-        return {**record, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    def __call__(self, shard: int, tell: Tell = lambda images: None) -> Future[Record]:
+        told: Future[Record] = Future()
+
+        def tell_peak(written: Future[Record]) -> None:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            told.set_result({**written.result(), "peak": peak})
+
+        super().__call__(shard, tell).add_done_callback(tell_peak)
+        return told
 
 
 def filled(given: argparse.Namespace, work: Path) -> None:

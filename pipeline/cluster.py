@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 from .placement import Placement, Share
 from .ray_cluster import cluster_for
 from .ray_shards import ShardActors
-from .shard_worker import ShardWorker
+from .shard_worker import OneBehind, ShardWorker
 from .watching import Watch, telling
 
 
@@ -111,9 +111,15 @@ class _Here:
         shards: Sequence[int],
         watch: Watch | None = None,
     ) -> Iterator[dict[str, Any]]:
-        worker = make_worker()
-        for shard in shards:
-            yield dict(worker(shard, telling(watch, shard)))
+        worker = OneBehind(make_worker())
+        try:
+            for shard in shards:
+                for _, record in worker.do(shard, telling(watch, shard)):
+                    yield dict(record)
+            for _, record in worker.finish():
+                yield dict(record)
+        finally:
+            worker.wait()
 
     def once(self, work: Callable[[], Any]) -> Any:
         return work()

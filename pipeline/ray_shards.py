@@ -1,16 +1,16 @@
 """Shards of work over the actors of a Ray: shard numbers go out, small records come back."""
 
 import contextlib
-import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
 from .ray_cluster import RayCluster, cause_of
-from .shard_worker import ShardActor, ShardWorker, sound
+from .shard_worker import ShardActor, ShardWorker, written_shards
 from .watching import Tally, Watch, watched
 
 MOST_DEATHS = 8
@@ -18,6 +18,19 @@ MOST_DEATHS = 8
 
 NODES_SECONDS = 60.0
 """Seconds without an answer after which it is looked whether any actor is alive."""
+
+
+@dataclass(eq=False)
+class _Actor:
+    """An actor, as the driver knows it."""
+
+    handle: Any
+    held: list[int] = field(default_factory=list)
+    """Shards that it was given and has not told the end of."""
+
+    @property
+    def holds(self) -> str:
+        return f"shard {' and '.join(map(str, self.held))}"
 
 
 class ShardActors:
@@ -29,7 +42,7 @@ class ShardActors:
 
     def __init__(self, cluster: RayCluster) -> None:
         self._cluster = cluster
-        self._there: list[Any] = []
+        self._there: list[_Actor] = []
 
     @property
     def device_type(self) -> Literal["cuda", "cpu"]:
@@ -52,74 +65,82 @@ class ShardActors:
 
         tally: Any = ray.remote(num_cpus=0, max_restarts=-1)(Tally).remote()
 
-        def ask(actor: Any, shard: int) -> Any:
+        def ask(actor: Any, shard: int | None) -> Any:
             # Not tried again by Ray: another actor may be free.
-            return actor.record.options(max_task_retries=0).remote(make_worker, tally, shard)
+            return actor.work.options(max_task_retries=0).remote(make_worker, tally, shard)
 
         with contextlib.ExitStack() as stack:
             if watch is not None:
                 stack.enter_context(watched(lambda: _told(tally), watch))
             try:
-                for record in self._records(ask, shards):
-                    yield sound(json.loads(record), self._cluster.placement.address)
+                yield from self._records(ask, shards)
             except ray.exceptions.RayError as error:
                 raise cause_of(error) from error
             finally:
                 self.close()
 
-    def _records(self, ask: Callable[[Any, int], Any], shards: Sequence[int]) -> Iterator[str]:
+    def _records(
+        self, ask: Callable[[Any, int | None], Any], shards: Sequence[int]
+    ) -> Iterator[dict[str, Any]]:
         """Records of shards: actors that are free are asked for one after another.
 
-        A shard whose actor dies goes to the next free one, and the actor counts as free again when
+        An actor is free when it can begin a shard, though it may still be writing the one before;
+        none is given a shard to lie in wait, so the last ones go to whoever can begin them first.
+        The shards of an actor that dies go to the next free one, and it counts as free again when
         Ray has started it anew; so a node that is lost holds nothing up.
         """
         import ray
 
         waiting, left, deaths = deque(map(int, shards)), len(shards), 0
-        free: list[Any] = []
-        asked: dict[Any, tuple[Any, int | None]] = {
-            actor.ready.remote(): (actor, None) for actor in self._actors(len(shards))
-        }
+        free: list[_Actor] = []
+        asked = {actor.handle.ready.remote(): actor for actor in self._actors(len(shards))}
         while left:
             answers, _ = ray.wait(list(asked), num_returns=1, timeout=NODES_SECONDS)
             if not answers:
-                if all(shard is None for _, shard in asked.values()):
+                if not any(actor.held for actor in asked.values()):
                     print("no worker is up: waiting for room on the cluster", file=sys.stderr)
                 continue
-            actor, shard = asked.pop(answers[0])
-            record = None
+            actor = asked.pop(answers[0])
+            written = []
             try:
-                record = ray.get(answers[0])
+                reply = ray.get(answers[0])
             except ray.exceptions.RayTaskError:
                 raise
             except ray.exceptions.RayError as error:
                 deaths += 1
-                if shard is None:  # it cannot be started again
+                if not actor.held:  # it cannot be started again
                     raise
                 if deaths > MOST_DEATHS * len(self._there):
                     raise UserError(
                         f"workers died {deaths} times and did not one shard: see whether memory "
                         "runs out when the learner is loaded, and use fewer --workers"
                     ) from error
-                print(f"a worker died at shard {shard}, which goes to the next", file=sys.stderr)
-                waiting.appendleft(shard)
-                asked[actor.ready.remote()] = (actor, None)
+                print(f"a worker died at {actor.holds}, to be done by the next", file=sys.stderr)
+                waiting.extendleft(reversed(actor.held))
+                actor.held.clear()
+                asked[actor.handle.ready.remote()] = actor
             else:
+                written = written_shards(reply, self._cluster.placement.address) if reply else []
+                actor.held = [s for s in actor.held if s not in dict(written)]
                 free.append(actor)
             while free and waiting:
                 actor, shard = free.pop(), waiting.popleft()
-                asked[ask(actor, shard)] = (actor, shard)
-            if record is not None:
+                actor.held.append(shard)
+                asked[ask(actor.handle, shard)] = actor
+            for actor in [actor for actor in free if actor.held]:
+                free.remove(actor)
+                asked[ask(actor.handle, None)] = actor
+            for _, record in written:
                 left, deaths = left - 1, 0
                 yield record
 
-    def _actors(self, shards: int) -> list[Any]:
+    def _actors(self, shards: int) -> list["_Actor"]:
         """As many actors as can be of use; those that are there already are among them."""
         import ray
 
         kind: Any = ray.remote(max_restarts=-1, max_task_retries=-1, **self._cluster.share.options)
         while len(self._there) < min(self._cluster.placement.workers, shards):
-            self._there.append(kind(ShardActor).remote())
+            self._there.append(_Actor(kind(ShardActor).remote()))
         return self._there
 
     def once(self, work: Callable[[], Any]) -> Any:
@@ -128,7 +149,7 @@ class ShardActors:
         import ray
 
         try:
-            return ray.get(self._actors(1)[0].call.options(max_task_retries=3).remote(work))
+            return ray.get(self._actors(1)[0].handle.call.options(max_task_retries=3).remote(work))
         except ray.exceptions.RayError as error:
             raise cause_of(error) from error
 
@@ -138,7 +159,7 @@ class ShardActors:
 
         while self._there:
             with contextlib.suppress(ray.exceptions.RayError):  # of a cluster that is lost
-                ray.kill(self._there.pop())
+                ray.kill(self._there.pop().handle)
 
 
 def _told(tally: Any) -> dict[int, int]:

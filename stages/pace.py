@@ -6,8 +6,24 @@ from typing import Any
 
 from ..pipeline.progress import Progress
 
-ACTIVITIES = {"wait": "waiting for images", "encode": "encoding", "write": "writing"}
+OWN = {
+    "wait": "waiting for images",
+    "device": "encoding",
+    "hold": "waiting until the shard before was written",
+}
 """What a worker does one after another, by the name in its records."""
+
+ACTIVITIES = {**OWN, "write": "writing"}
+"""The same, and what its threads do meanwhile."""
+
+
+def steady_seconds(seconds: Mapping[str, float]) -> float:
+    """What a shard takes among others, which are made while it is written.
+
+    Args:
+        seconds: By activity, of the shard.
+    """
+    return max(sum(seconds[name] for name in OWN), seconds["write"])
 
 
 class Pace:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from semmae.errors import MissingError, SettingError, UserError
 from semmae.pipeline import ray_cluster, ray_shards, watching
 from semmae.pipeline.cluster import open_workers
 from semmae.pipeline.placement import Placement
+from semmae.pipeline.shard_worker import Record
 from semmae.pipeline.watching import Tell
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -61,6 +63,37 @@ class Dies(Fake):
             self._mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(shard, tell)
+
+
+class WritesBehind(Fake):
+    """A worker that is written to the end of its shards by a thread; killed once at shard 3."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        super().__init__()
+        self._folder, self._pause = folder, seconds
+        self._thread = ThreadPoolExecutor(1)
+
+    def __call__(self, shard: int, tell: Tell) -> Future[Record]:  # type: ignore[override]
+        mark = self._folder / "killed"
+        if shard == 3 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        record = super().__call__(shard, tell)
+        return self._thread.submit(self._write, record)
+
+    def _write(self, record: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(self._pause)
+        with (self._folder / "written").open("a") as file:
+            file.write(f"{record['shard']}\n")
+        return record
+
+
+def test_map__without_workers_has_written_all_in_the_end(tmp_path: Path) -> None:
+    (tmp_path / "killed").touch()
+    with open_workers(Placement(workers=0)) as workers:
+        records = workers.map(lambda: WritesBehind(tmp_path, 0.05), [4, 3, 1])
+        assert [record["shard"] for record in records] == [4, 3, 1]
+    assert (tmp_path / "written").read_text().split() == ["4", "3", "1"]
 
 
 def test_map__without_workers_runs_here_and_tells() -> None:
@@ -222,6 +255,16 @@ def test_map__a_dead_worker_is_replaced(joined: str, tmp_path: Path) -> None:
     placement = Placement(workers=2, address=joined)
     records, _ = run(placement, lambda: Dies(tmp_path), range(6))
     assert sorted(record["shard"] for record in records) == list(range(6))
+
+
+def test_map__what_a_dead_worker_was_still_writing_is_done_again(
+    joined: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    placement = Placement(workers=1, address=joined)
+    records, _ = run(placement, lambda: WritesBehind(tmp_path, 2.0), range(5))
+    assert sorted(record["shard"] for record in records) == list(range(5))
+    assert set((tmp_path / "written").read_text().split()) == set("01234")
+    assert "a worker died at shard 2 and 3, to be done by the next" in capfd.readouterr().err
 
 
 def test_map__tells_how_far_shards_are(joined: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 import io
 import shutil
 import zlib
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 from semmae.errors import DamageError, MismatchError, SettingError, UserError
 from semmae.pipeline import plan, plan_rows
 from semmae.pipeline.image_loading import LoadedImage
+from semmae.pipeline.shard_worker import Record
 from semmae.pipeline.watching import Tell
 from semmae.stages import extraction_identity as module
 from semmae.stages import store_filling
@@ -142,7 +144,7 @@ def test_extract_parts__bad_images_leave_the_maps_of_others_alone(
 class Stops(ExtractionWorker):
     """A worker that breaks off at its second shard."""
 
-    def __call__(self, shard: int, tell: Tell = print) -> dict[str, object]:
+    def __call__(self, shard: int, tell: Tell = print) -> Future[Record]:
         if shard == 1:
             raise KeyboardInterrupt
         return super().__call__(shard, tell)

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 
 from semmae.errors import UserError
-from semmae.stages import extraction_worker
+from semmae.stages import shard_images
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
-from semmae.stages.extraction_worker import TRIES, ExtractionWorker
+from semmae.stages.extraction_worker import ExtractionWorker
+from semmae.stages.shard_images import TRIES
 from semmae.storage.part_store import PartStore
 from semmae.storage.part_tries import begin_try
 from semmae.tests.stages.poison import POISON, poisoned_load
@@ -105,7 +106,7 @@ def test_a_shard_that_ends_its_worker_for_no_image_is_given_up(
     options = options_for(world, Path(world.data), tmp_path / "store")
     with pytest.raises(ZeroDivisionError):
         extract_parts(options, lambda settings: 1 / 0)  # type: ignore[arg-type,return-value]
-    monkeypatch.setattr(extraction_worker, "MOST_TRIES", 0)
+    monkeypatch.setattr(shard_images, "MOST_TRIES", 0)
     with pytest.raises(UserError, match=r"shard 0 of .* ended its worker 0 times"):
         extract_parts(options)
     monkeypatch.undo()

@@ -3,7 +3,7 @@ from semmae.stages.pace import Pace
 
 
 def record(shard: int, worker: str, wait: float, encode: float) -> dict[str, object]:
-    seconds = {"wait": wait, "encode": encode, "write": 0.0}
+    seconds = {"wait": wait, "device": encode, "hold": 0.0, "write": 0.0}
     return {"shard": shard, "ok": 30, "bad": 2, "worker": worker, "seconds": seconds}
 
 
@@ -24,7 +24,8 @@ def test_pace__says_what_time_went_to_and_who_was_slow() -> None:
         pace.committed(record(1, "there:2", 0.0, 16.0))
     assert pace.sentence() == (
         "2 workers, 2 (there:2) to 8 images/s each; "
-        "time went to waiting for images 5%, encoding 95%, writing 0%"
+        "time went to waiting for images 5%, encoding 95%, waiting until the shard before was "
+        "written 0%, writing 0%"
     )
     assert pace.workers["here:1"]["images"] == 32
 

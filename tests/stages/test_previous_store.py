@@ -1,6 +1,7 @@
 """`extract-parts --update`: rows of an earlier store that stayed the same."""
 
 import shutil
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from semmae.errors import DamageError, MismatchError, SettingError
+from semmae.pipeline.shard_worker import Record
 from semmae.pipeline.watching import Tell
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.extraction_worker import ExtractionWorker
@@ -90,7 +92,7 @@ def test_update__bytes_of_equal_size_are_told_apart(
 class Stops(Counts):
     """A worker that breaks off at its second shard."""
 
-    def __call__(self, shard: int, tell: Tell = print) -> dict[str, object]:
+    def __call__(self, shard: int, tell: Tell = print) -> Future[Record]:
         if shard == 1:
             raise KeyboardInterrupt
         return super().__call__(shard, tell)

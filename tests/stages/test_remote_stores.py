@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from semmae.errors import UserError
 from semmae.pipeline.cluster import open_workers
+from semmae.pipeline.shard_worker import Record
 from semmae.pipeline.sources import list_images
 from semmae.pipeline.watching import Tell
 from semmae.stages.evals.history import rerun
@@ -158,7 +160,7 @@ class Stops(ExtractionWorker):
             raise KeyboardInterrupt
         return super()._batch(loaded)
 
-    def __call__(self, shard: int, tell: Tell = print) -> dict[str, Any]:
+    def __call__(self, shard: int, tell: Tell = print) -> Future[Record]:
         self._now = shard
         return super().__call__(shard, tell)
 
@@ -189,7 +191,7 @@ def test_extract_parts__broken_off_anywhere_goes_on_to_the_same_bytes(
     assert stands() == ["commits/00000.json", "meta/part-00000.parquet", "meta/part-00001.parquet"]
 
     class Loses(ExtractionWorker):
-        def __call__(self, shard: int, tell: Tell = print) -> dict[str, Any]:
+        def __call__(self, shard: int, tell: Tell = print) -> Future[Record]:
             calm_s3.answer = 503 if shard == 2 else None
             return super().__call__(shard, tell)
 
@@ -216,7 +218,7 @@ def test_extraction_worker__in_processes_of_their_own_write_the_same_bytes(
             if child == 0:
                 ended = 1
                 try:
-                    ExtractionWorker(pickle.loads(settings))(shard)
+                    ExtractionWorker(pickle.loads(settings))(shard).result()
                     ended = 0
                 finally:
                     os._exit(ended)
