@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..errors import UserError
 from .ray_cluster import RayCluster, cause_of
 from .shard_worker import ShardActor, ShardWorker, written_shards
-from .watching import Tally, Watch, watched
+from .watching import Tally, Told, Watch, watched
 
 MOST_DEATHS = 8
 """Deaths an actor, in the mean, without one shard done between them."""
@@ -162,8 +162,8 @@ class ShardActors:
                 ray.kill(self._there.pop().handle)
 
 
-def _told(tally: Any) -> dict[int, int]:
+def _told(tally: Any) -> dict[int, Told]:
     import ray
 
-    told: dict[int, int] = ray.get(tally.told.remote())
+    told: dict[int, Told] = ray.get(tally.told.remote())
     return told

@@ -1,5 +1,6 @@
 """What works on shards, and how what it returns or raises travels from an actor to the caller."""
 
+import functools
 import json
 import os
 import socket
@@ -110,12 +111,14 @@ class ShardActor:
 
     def _reply(self, make_worker: Callable[[], ShardWorker], tally: Any, shard: int | None) -> Any:
         host = socket.gethostname()
+        name = f"{host}:{os.getpid()}"
         try:
             self._worker = self._worker or OneBehind(make_worker())
             if shard is None:
                 written = self._worker.finish()
             else:
-                written = self._worker.do(shard, lambda images: tally.tell.remote(shard, images))
+                told = functools.partial(tally.tell.remote, shard)
+                written = self._worker.do(shard, lambda images: told(images, name))
         except UserError as error:
             return {_REFUSED: type(error).__name__, "message": str(error), "host": host}
         except OSError as error:
@@ -124,7 +127,6 @@ class ShardActor:
             return {_REFUSED: "UserError", "message": message, "host": host}
         except Exception:
             return {_BROKEN: traceback.format_exc()}
-        name = f"{host}:{os.getpid()}"
         return [(number, {**record, "worker": name}) for number, record in written]
 
 

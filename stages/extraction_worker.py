@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..models.parts import part_labels
 from ..pipeline.cached_images import kept_image
 from ..pipeline.image_loading import LoadedImage, load_image
+from ..pipeline.load_clock import LoadClock
 from ..pipeline.options import choose_device
 from ..pipeline.plan import plan_of_rows
 from ..pipeline.shard_worker import Record
@@ -92,6 +93,7 @@ class ExtractionWorker:
         self._writer = ShardWriter(settings.output, self.identity)
         self._old = PartStore.open(settings.update) if settings.update else None
         self._pool = ThreadPoolExecutor(settings.decode_threads)
+        self._clock = LoadClock()
         side, form = self.identity.image_cache_side, self.identity.image_cache
         self._keep = functools.partial(kept_image, side=side, form=form) if form else None
 
@@ -127,7 +129,10 @@ class ExtractionWorker:
             cache = write_image_cache(self._settings.output, self.identity, shard)
             made = MadeShard(shard, images, begun.enter_context(cache))
             made.spent["wait"] = time.perf_counter() - began
+            before = self._clock.seconds
             self._encode_all(made, tell)
+            for name, seconds in self._clock.seconds.items():
+                made.spent[name] = seconds - before[name]
             return self._writer.write(made, begun)
 
     def _encode_all(self, made: MadeShard, tell: Tell) -> None:
@@ -170,7 +175,7 @@ class ExtractionWorker:
         table = plan_table(settings.output, self._record, start, stop)
         plan = plan_of_rows(settings.root, table, self._record["class_names"])
         load = functools.partial(
-            type(self).load, image_size=self._trained.image_size, keep=self._keep
+            type(self).load, image_size=self._trained.image_size, keep=self._keep, clock=self._clock
         )
         place = f"shard {shard} of {settings.output} (images {start} to {stop - 1} of its plan)"
         fatal = fatal_after(tries, place, plan, load)

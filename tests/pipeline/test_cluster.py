@@ -20,7 +20,7 @@ from semmae.pipeline import ray_cluster, ray_shards, watching
 from semmae.pipeline.cluster import open_workers
 from semmae.pipeline.placement import Placement
 from semmae.pipeline.shard_worker import Record
-from semmae.pipeline.watching import Tell
+from semmae.pipeline.watching import HERE, Tell, Told
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -97,12 +97,12 @@ def test_map__without_workers_has_written_all_in_the_end(tmp_path: Path) -> None
 
 
 def test_map__without_workers_runs_here_and_tells() -> None:
-    told: list[Mapping[int, int]] = []
+    told: list[Mapping[int, Told]] = []
     with open_workers(Placement(workers=0)) as workers:
         records = list(workers.map(Fake, [3, 1], told.append))
         assert workers.once(os.getpid) == os.getpid()
     assert [record["shard"] for record in records] == [3, 1]
-    assert told == [{3: 4}, {1: 2}]
+    assert told == [{3: Told(4, HERE)}, {1: Told(2, HERE)}]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -143,8 +143,8 @@ def joined(four_gpus: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def run(
     placement: Placement, make: Callable[[], Any], shards: range
-) -> tuple[list[dict[str, Any]], list[Mapping[int, int]]]:
-    told: list[Mapping[int, int]] = []
+) -> tuple[list[dict[str, Any]], list[Mapping[int, Told]]]:
+    told: list[Mapping[int, Told]] = []
     with open_workers(placement) as workers:
         return list(workers.map(make, shards, lambda now: told.append(dict(now)))), told
 
@@ -269,8 +269,9 @@ def test_map__what_a_dead_worker_was_still_writing_is_done_again(
 
 def test_map__tells_how_far_shards_are(joined: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "WATCH_SECONDS", 0.2)
-    _, told = run(Placement(workers=2, address=joined), lambda: Fake(1.5), range(4))
-    assert {0: 1, 1: 2}.items() <= told[-1].items()
+    records, told = run(Placement(workers=2, address=joined), lambda: Fake(1.5), range(4))
+    assert {shard: said.images for shard, said in told[-1].items()}.items() >= {0: 1, 1: 2}.items()
+    assert told[-1][0].worker in {record["worker"] for record in records}
 
 
 def test_once__runs_where_a_worker_would(joined: str) -> None:
