@@ -112,7 +112,8 @@ class Pace:
             figures["each"] = f"{rates[slow]:.3g} to {max(rates.values()):.3g}/s"
             note = f"slowest {slow}" + (f"; {note}" if note else "")
         done = self._done + sum(told.images for told in self._under_way.values())
-        self._progress.reach(done, note, **figures)
+        self._progress.note(note)
+        self._progress.reach(done, **figures)
 
     def _an_image(self) -> str:
         """What an image took in the mean, by activity; "" before any shard is done."""
@@ -137,12 +138,11 @@ class Pace:
 
     def sentence(self) -> str:
         """What the time of all workers went to, and who was slowest; "" if they did not tell."""
-        total = sum(map(self._spent, OWN))
+        spent = {words: self._spent(name) for name, words in OWN.items()}
+        total = sum(spent.values())
         if not total:
             return ""
-        shares = ", ".join(
-            f"{words} {self._spent(name) / total:.0%}" for name, words in OWN.items()
-        )
+        shares = ", ".join(f"{words} {seconds / total:.0%}" for words, seconds in spent.items())
         rates = {
             worker: images / max(sum(self._seconds[worker][name] for name in OWN), 1e-9)
             for worker, images in self._images.items()
