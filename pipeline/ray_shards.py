@@ -10,11 +10,14 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from .ray_cluster import RayCluster, cause_of
-from .shard_worker import ShardActor, ShardWorker, written_shards
+from .shard_worker import ShardActor, ShardWorker, WorkerLostError, written_shards
 from .watching import Tally, Told, Watch, watched
 
 MOST_DEATHS = 8
 """Deaths an actor, in the mean, without one shard done between them."""
+
+MOST_FAULTS = 3
+"""Times in a row that the GPU of an actor fails, until no other process is started there."""
 
 NODES_SECONDS = 60.0
 """Seconds without an answer after which it is looked whether any actor is alive."""
@@ -27,10 +30,111 @@ class _Actor:
     handle: Any
     held: list[int] = field(default_factory=list)
     """Shards that it was given and has not told the end of."""
+    faults: int = 0
+    """Times that its GPU failed since it last did a shard."""
 
     @property
     def holds(self) -> str:
         return f"shard {' and '.join(map(str, self.held))}"
+
+
+class _Given:
+    """Which actor was given which shards.
+
+    An actor is free when it can begin a shard, though it may still be writing the one before; none
+    is given a shard to lie in wait, so the last ones go to whoever can begin them first.  The
+    shards of an actor that dies go to the next free one, and it counts as free again when Ray has
+    started it anew; so a node that is lost holds nothing up.
+
+    Args:
+        actors: All of them; those that are left out are taken from it.
+        shards: What is to be done.
+        ask: Gives an actor a shard, or None to wait until all of its own are written.
+    """
+
+    def __init__(
+        self,
+        actors: list[_Actor],
+        shards: Sequence[int],
+        ask: Callable[[Any, int | None], Any],
+    ) -> None:
+        self._actors, self._ask = actors, ask
+        self._waiting, self._left, self._deaths = deque(map(int, shards)), len(shards), 0
+        self._free: list[_Actor] = []
+        self._asked = {actor.handle.ready.remote(): actor for actor in actors}
+
+    def records(self, address: str | None) -> Iterator[dict[str, Any]]:
+        """Records of the shards as they are done.
+
+        Args:
+            address: As of `shard_worker.written_shards`.
+        """
+        import ray
+
+        while self._left:
+            answers, _ = ray.wait(list(self._asked), num_returns=1, timeout=NODES_SECONDS)
+            if not answers:
+                if not any(actor.held for actor in self._asked.values()):
+                    print("no worker is up: waiting for room on the cluster", file=sys.stderr)
+                continue
+            actor = self._asked.pop(answers[0])
+            written = []
+            try:
+                reply = ray.get(answers[0])
+                written = written_shards(reply, address) if reply else []
+            except ray.exceptions.RayTaskError:
+                raise
+            except (ray.exceptions.RayError, WorkerLostError) as error:
+                self._take_back(actor, error)
+            else:
+                actor.held = [s for s in actor.held if s not in dict(written)]
+                self._free.append(actor)
+            self._give()
+            for _, record in written:
+                self._left, self._deaths, actor.faults = self._left - 1, 0, 0
+                yield record
+
+    def _give(self) -> None:
+        """Give free actors shards, or wait for what they are writing if there are none."""
+        while self._free and self._waiting:
+            actor, shard = self._free.pop(), self._waiting.popleft()
+            actor.held.append(shard)
+            self._asked[self._ask(actor.handle, shard)] = actor
+        for actor in [actor for actor in self._free if actor.held]:
+            self._free.remove(actor)
+            self._asked[self._ask(actor.handle, None)] = actor
+
+    def _take_back(self, actor: _Actor, error: Exception) -> None:
+        """Give the shards of an actor that died to others, and have it started anew."""
+        import ray
+
+        if not actor.held:  # it cannot be started again
+            raise error
+        self._deaths += 1
+        if self._deaths > MOST_DEATHS * len(self._actors):
+            raise UserError(
+                f"workers died {self._deaths} times and did not one shard: see whether memory "
+                "runs out when the learner is loaded, and use fewer --workers"
+            ) from error
+        failed = isinstance(error, WorkerLostError)
+        print(
+            f"{error}; " * failed + f"a worker died at {actor.holds}, to be done by the next",
+            file=sys.stderr,
+        )
+        self._waiting.extendleft(reversed(actor.held))
+        actor.held, actor.faults = [], actor.faults + failed
+        if actor.faults < MOST_FAULTS:
+            self._asked[actor.handle.ready.remote()] = actor
+            return
+        self._actors.remove(actor)
+        ray.kill(actor.handle)
+        if not self._actors:
+            raise UserError(f"no worker is left whose GPU works: {error}") from error
+        print(
+            f"its GPU failed {actor.faults} times in a row: it is left out, {len(self._actors)} "
+            "workers go on",
+            file=sys.stderr,
+        )
 
 
 class ShardActors:
@@ -73,66 +177,12 @@ class ShardActors:
             if watch is not None:
                 stack.enter_context(watched(lambda: _told(tally), watch))
             try:
-                yield from self._records(ask, shards)
+                given = _Given(self._actors(len(shards)), shards, ask)
+                yield from given.records(self._cluster.placement.address)
             except ray.exceptions.RayError as error:
                 raise cause_of(error) from error
             finally:
                 self.close()
-
-    def _records(
-        self, ask: Callable[[Any, int | None], Any], shards: Sequence[int]
-    ) -> Iterator[dict[str, Any]]:
-        """Records of shards: actors that are free are asked for one after another.
-
-        An actor is free when it can begin a shard, though it may still be writing the one before;
-        none is given a shard to lie in wait, so the last ones go to whoever can begin them first.
-        The shards of an actor that dies go to the next free one, and it counts as free again when
-        Ray has started it anew; so a node that is lost holds nothing up.
-        """
-        import ray
-
-        waiting, left, deaths = deque(map(int, shards)), len(shards), 0
-        free: list[_Actor] = []
-        asked = {actor.handle.ready.remote(): actor for actor in self._actors(len(shards))}
-        while left:
-            answers, _ = ray.wait(list(asked), num_returns=1, timeout=NODES_SECONDS)
-            if not answers:
-                if not any(actor.held for actor in asked.values()):
-                    print("no worker is up: waiting for room on the cluster", file=sys.stderr)
-                continue
-            actor = asked.pop(answers[0])
-            written = []
-            try:
-                reply = ray.get(answers[0])
-            except ray.exceptions.RayTaskError:
-                raise
-            except ray.exceptions.RayError as error:
-                deaths += 1
-                if not actor.held:  # it cannot be started again
-                    raise
-                if deaths > MOST_DEATHS * len(self._there):
-                    raise UserError(
-                        f"workers died {deaths} times and did not one shard: see whether memory "
-                        "runs out when the learner is loaded, and use fewer --workers"
-                    ) from error
-                print(f"a worker died at {actor.holds}, to be done by the next", file=sys.stderr)
-                waiting.extendleft(reversed(actor.held))
-                actor.held.clear()
-                asked[actor.handle.ready.remote()] = actor
-            else:
-                written = written_shards(reply, self._cluster.placement.address) if reply else []
-                actor.held = [s for s in actor.held if s not in dict(written)]
-                free.append(actor)
-            while free and waiting:
-                actor, shard = free.pop(), waiting.popleft()
-                actor.held.append(shard)
-                asked[ask(actor.handle, shard)] = actor
-            for actor in [actor for actor in free if actor.held]:
-                free.remove(actor)
-                asked[ask(actor.handle, None)] = actor
-            for _, record in written:
-                left, deaths = left - 1, 0
-                yield record
 
     def _actors(self, shards: int) -> list["_Actor"]:
         """As many actors as can be of use; those that are there already are among them."""

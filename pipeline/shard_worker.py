@@ -17,8 +17,13 @@ from .watching import Tell
 Record = Mapping[str, Any]
 """What a worker says of a shard that is done; plain data."""
 
-_REFUSED, _BROKEN = "refused", "broken"
-"""Keys of a reply that stands for what a worker raised: the user's to mend, or ours."""
+_LOST, _REFUSED, _BROKEN = "lost", "refused", "broken"
+"""Keys of a reply that stands for what a worker raised: another worker's to mend, the user's, or
+ours."""
+
+
+class WorkerLostError(UserError):
+    """The process of a worker can do nothing more, though another one might."""
 
 
 class ShardWorker(Protocol):
@@ -89,9 +94,12 @@ class ShardActor:
     """The process of a worker, which it makes when it is given its first shard."""
 
     _worker: OneBehind | None = None
+    _lost = False
 
     def ready(self) -> None:
-        """Returns as soon as the process is up."""
+        """Returns as soon as the process is up, which ends for another one if it is lost."""
+        if self._lost:
+            os._exit(1)
 
     def call(self, work: Callable[[], Any]) -> Any:
         """What a function returns."""
@@ -119,6 +127,11 @@ class ShardActor:
             else:
                 told = functools.partial(tally.tell.remote, shard)
                 written = self._worker.do(shard, lambda images: told(images, name))
+        except WorkerLostError as error:
+            self._lost = True
+            if self._worker is not None:
+                self._worker.wait()
+            return {_LOST: str(error), "host": host}
         except UserError as error:
             return {_REFUSED: type(error).__name__, "message": str(error), "host": host}
         except OSError as error:
@@ -136,11 +149,16 @@ def written_shards(reply: str, address: str | None) -> list[tuple[int, dict[str,
     Args:
         reply: As `ShardActor.work` gave it.
         address: Of the cluster, where the host is told too; None on this machine.
+
+    Raises:
+        WorkerLostError: The actor must not be given shards before it is `ShardActor.ready` again.
     """
     told = json.loads(reply)
     if isinstance(told, list):
         return [(shard, record) for shard, record in told]
+    where = "" if address is None or _BROKEN in told else f"on {told['host']}: "
+    if _LOST in told:
+        raise WorkerLostError(f"{where}{told[_LOST]}")
     if _REFUSED in told:
-        where = "" if address is None else f"on {told['host']}: "
         raise getattr(errors, told[_REFUSED])(f"{where}{told['message']}")
     raise RuntimeError(f"a worker failed:\n{told[_BROKEN]}")

@@ -28,6 +28,7 @@ from ..storage.image_cache import write_image_cache
 from ..storage.part_records import plan_table, read_set_up
 from ..storage.part_store import PartStore
 from ..storage.part_tries import begin_try
+from .device_faults import device_faults
 from .networks import TrainedLearner, open_learner
 from .previous_store import PreviousRows
 from .shard_images import ShardImages, fatal_after
@@ -81,14 +82,9 @@ class ExtractionWorker:
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
         self._trained: TrainedLearner = open_learner(settings.learner)
-        try:
+        with device_faults(self._device, "start fewer workers a GPU, as not even the networks fit"):
             self._trained.encoder.to(self._device)
             self._trained.learner.to(self._device)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"the networks do not fit into the memory of {self._device}: start fewer workers "
-                "a GPU"
-            ) from error
         self._record, self.identity = read_set_up(settings.output)
         self._writer = ShardWriter(settings.output, self.identity)
         self._old = PartStore.open(settings.update) if settings.update else None
@@ -113,14 +109,14 @@ class ExtractionWorker:
         Raises:
             UserError: The shard ended its worker too often in this run, or memory ran out, or the
                 shard before cannot be written.
+            WorkerLostError: The GPU failed.
         """
-        try:
+        way_out = (
+            f"start a new store with a smaller --batch-size than {self.identity.batch_size}, or "
+            "fewer workers a GPU"
+        )
+        with device_faults(self._device, way_out):
             return self._writer.written(shard) or self._extract(shard, tell)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"the memory of {self._device} ran out with batches of {self.identity.batch_size} "
-                f"images: start a new store with a smaller --batch-size, or fewer workers a GPU"
-            ) from error
 
     def _extract(self, shard: int, tell: Tell) -> Future[Record]:
         began = time.perf_counter()

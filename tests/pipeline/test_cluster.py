@@ -19,7 +19,7 @@ from semmae.errors import MissingError, SettingError, UserError
 from semmae.pipeline import ray_cluster, ray_shards, watching
 from semmae.pipeline.cluster import open_workers
 from semmae.pipeline.placement import Placement
-from semmae.pipeline.shard_worker import Record
+from semmae.pipeline.shard_worker import Record, WorkerLostError
 from semmae.pipeline.watching import HERE, Tell, Told
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -265,6 +265,53 @@ def test_map__what_a_dead_worker_was_still_writing_is_done_again(
     assert sorted(record["shard"] for record in records) == list(range(5))
     assert set((tmp_path / "written").read_text().split()) == set("01234")
     assert "a worker died at shard 2 and 3, to be done by the next" in capfd.readouterr().err
+
+
+class GpuFails(Fake):
+    """A worker whose GPU fails at shard 2, as often as is asked; leaves a note of each shard."""
+
+    def __init__(self, folder: Path, times: int) -> None:
+        super().__init__()
+        self._folder, self._times = folder, times
+
+    def __call__(self, shard: int, tell: Tell) -> dict[str, Any]:
+        with (self._folder / str(os.getpid())).open("a") as file:
+            file.write(f"{shard}\n")
+        if shard == 2 and len(list(self._folder.glob("failed-*"))) < self._times:
+            (self._folder / f"failed-{os.getpid()}").touch()
+            raise WorkerLostError("cuda:0 failed (CUDA error: device-side assert triggered)")
+        return super().__call__(shard, tell)
+
+
+def test_map__a_process_whose_gpu_failed_is_replaced_by_another(
+    joined: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    records, _ = run(Placement(workers=1, address=joined), lambda: GpuFails(tmp_path, 1), range(5))
+    assert sorted(record["shard"] for record in records) == list(range(5))
+    (failed,) = tmp_path.glob("failed-*")
+    done = (tmp_path / failed.name.removeprefix("failed-")).read_text().split()
+    assert done[-1] == "2"  # it was given no other
+    told = capfd.readouterr().err
+    assert "device-side assert triggered); a worker died at shard 2, to be done by the" in told
+
+
+def test_map__workers_whose_gpus_always_fail_end_the_run_with_their_error(
+    joined: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_shards, "MOST_FAULTS", 1)
+    told = r"no worker is left whose GPU works: on .*: cuda:0 failed \(CUDA error: device-side"
+    with pytest.raises(UserError, match=told) as raised:
+        run(Placement(workers=2, address=joined), lambda: GpuFails(tmp_path, 9), range(2, 3))
+    assert "\n" not in str(raised.value)
+
+
+def test_map__an_actor_whose_gpu_keeps_failing_is_left_out(
+    joined: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_shards, "MOST_FAULTS", 1)
+    records, _ = run(Placement(workers=2, address=joined), lambda: GpuFails(tmp_path, 1), range(5))
+    assert sorted(record["shard"] for record in records) == list(range(5))
+    assert "its GPU failed 1 times in a row: it is left out, 1 workers" in capfd.readouterr().err
 
 
 def test_map__tells_how_far_shards_are(joined: str, monkeypatch: pytest.MonkeyPatch) -> None:
