@@ -63,7 +63,7 @@ def load_image(
         same = checksum == known
         if same and keep is None:
             return LoadedImage(None, None, None, checksum, None, known=True)
-        with clock.decoding():
+        with clock.decoding(lambda: reader.plan.key(index)):
             image = decode_image(data)
             kept = None if keep is None else keep(data, image)
             if same:

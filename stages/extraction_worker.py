@@ -89,7 +89,7 @@ class ExtractionWorker:
         self._writer = ShardWriter(settings.output, self.identity)
         self._old = PartStore.open(settings.update) if settings.update else None
         self._pool = ThreadPoolExecutor(settings.decode_threads)
-        self._clock = LoadClock()
+        self._clock = LoadClock(settings.decode_timeout)
         side, form = self.identity.image_cache_side, self.identity.image_cache
         self._keep = functools.partial(kept_image, side=side, form=form) if form else None
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..errors import UserError
 from ..pipeline.decoding import BadImage
 from ..pipeline.image_loading import LoadedImage
+from ..pipeline.load_clock import END_SIGNAL
 from ..pipeline.plan import Plan
 from ..pipeline.quarantine import fatal_images
 from ..pipeline.sources import ImageReader
@@ -66,6 +67,8 @@ class ShardImages:
         if place in self.fatal:
             data = self.reader.read(place)
             bad = BadImage("fatal", f"decoding it kills the process ({self.fatal[place]})")
+            if self.fatal[place] == END_SIGNAL.name:
+                bad = BadImage("hanging", "decoding it does not end")
             return LoadedImage(None, None, None, zlib.crc32(data), bad)
         known = None if self.previous is None else self.previous.crc32(place)
         return self.load(self.reader, place, known=known)

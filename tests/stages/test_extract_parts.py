@@ -292,9 +292,14 @@ def test_extract_parts__maps_that_are_no_numbers_are_refused(world: World, tmp_p
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"device": "gpu"}, "expected auto, cpu"), ({"device": "cuda:1", "workers": 1}, "of its own")],
+    [
+        ({"decode_timeout": -1.0}, "--decode-timeout is -1.0: expected 0 or more"),
+        ({"decode_timeout": float("nan")}, "--decode-timeout is nan: expected finite"),
+        ({"device": "gpu"}, "expected auto, cpu"),
+        ({"device": "cuda:1", "workers": 1}, "of its own"),
+    ],
 )
-def test_extract_parts__no_device_is_refused(
+def test_extract_parts__options_that_cannot_be_are_refused(
     world: World, tmp_path: Path, changes: dict[str, object], words: str
 ) -> None:
     with pytest.raises(SettingError, match=words):
