@@ -3,6 +3,7 @@
 Run one of these; each prints its figures beside those that are wanted::
 
     python -m semmae.benchmarks.extraction steady LEARNER IMAGES [--rounds 9] [--images 32]
+    python -m semmae.benchmarks.extraction writing LEARNER IMAGES [--images 256] [--rounds 9]
     python -m semmae.benchmarks.extraction workers LEARNER IMAGES [--images 256]
     python -m semmae.benchmarks.extraction start LEARNER IMAGES [--rounds 3]
     python -m semmae.benchmarks.extraction plan LEARNER IMAGES [--images 1281167]
@@ -40,6 +41,7 @@ from semmae.pipeline.placement import Placement
 from semmae.pipeline.shard_worker import OneBehind, Record
 from semmae.pipeline.sources import ImageReader, list_images
 from semmae.pipeline.watching import Tell
+from semmae.stages import shard_writing
 from semmae.stages.extract_parts import (
     ExtractPartsOptions,
     extract_parts,
@@ -47,7 +49,9 @@ from semmae.stages.extract_parts import (
     worker_settings,
 )
 from semmae.stages.extraction_worker import ExtractionWorker
+from semmae.stages.pace import OWN
 from semmae.stages.store_care import verify_parts
+from semmae.stages.store_filling import commit_shard
 from semmae.stages.worker_settings import WorkerSettings
 from semmae.storage.part_writer import create_store, uncommit
 from semmae.storage.store_paths import sizes_below
@@ -141,6 +145,51 @@ def steady(given: argparse.Namespace, work: Path) -> None:
         ratios = (np.array(taken[name]) / worker_seconds).tolist()
         print(f"rate of a worker over {words}: {interval(ratios)} (wanted 0.95)")
     print(f"{1000 * worker_seconds.mean() / len(pixels):.1f} ms CPU an image")
+
+
+# Writing that takes long.
+
+
+def writing(given: argparse.Namespace, work: Path) -> None:
+    """Shards whose storage takes as long as making them, written behind the worker and not."""
+    torch.set_num_threads(1)
+    settings, shards = made_store(given, work, given.images or 256)
+    worker = ExtractionWorker(settings)
+    record = worker(0).result()
+    slow = sum(record["seconds"][name] for name in OWN)
+
+    def commit_slowly(*args: Any, **arrays: Any) -> dict[str, Any]:
+        time.sleep(slow)
+        return commit_shard(*args, **arrays)
+
+    shard_writing.commit_shard = commit_slowly  # type: ignore[attr-defined]
+
+    def behind() -> None:
+        given_shards = OneBehind(worker)
+        for shard in shards:
+            given_shards.do(shard, lambda images: None)
+        given_shards.finish()
+
+    def in_turn() -> None:
+        for shard in shards:
+            worker(shard).result()
+
+    ratios = []
+    for turn in range(given.rounds + 1):
+        taken = []
+        for run in (in_turn, behind):
+            uncommit(settings.output, shards)
+            began = time.monotonic()
+            run()
+            taken.append(time.monotonic() - began)
+        if turn:  # the first one warms up
+            ratios.append(taken[0] / taken[1])
+    count = len(shards)
+    print(
+        f"{count} shards that take {slow:.2f} s to make and {slow:.2f} s more to write: "
+        f"{interval(ratios)} times as fast as one after another ({2 * count / (count + 1):.2f} "
+        "were all of it hidden)"
+    )
 
 
 # Two workers beside one.
@@ -378,7 +427,7 @@ def verify(given: argparse.Namespace, work: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for run in (steady, workers, start, plan, memory, verify):
+    for run in (steady, writing, workers, start, plan, memory, verify):
         command = commands.add_parser(run.__name__)
         command.add_argument("learner", type=Path)
         command.add_argument("images_folder", type=Path)
