@@ -3,6 +3,7 @@
 Run one of these; each prints its figures beside those that are wanted::
 
     python -m semmae.benchmarks.extraction steady LEARNER IMAGES [--rounds 9] [--images 32]
+    python -m semmae.benchmarks.extraction writing LEARNER IMAGES [--images 256] [--rounds 9]
     python -m semmae.benchmarks.extraction workers LEARNER IMAGES [--images 256]
     python -m semmae.benchmarks.extraction start LEARNER IMAGES [--rounds 3]
     python -m semmae.benchmarks.extraction plan LEARNER IMAGES [--images 1281167]
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,10 @@ import torch
 from semmae.pipeline.cluster import open_workers
 from semmae.pipeline.image_loading import LoadedImage, load_image
 from semmae.pipeline.placement import Placement
+from semmae.pipeline.shard_worker import OneBehind, Record
 from semmae.pipeline.sources import ImageReader, list_images
 from semmae.pipeline.watching import Tell
+from semmae.stages import shard_writing
 from semmae.stages.extract_parts import (
     ExtractPartsOptions,
     extract_parts,
@@ -45,9 +49,11 @@ from semmae.stages.extract_parts import (
     worker_settings,
 )
 from semmae.stages.extraction_worker import ExtractionWorker
+from semmae.stages.pace import OWN
 from semmae.stages.store_care import verify_parts
+from semmae.stages.store_filling import commit_shard
 from semmae.stages.worker_settings import WorkerSettings
-from semmae.storage.part_writer import create_store
+from semmae.storage.part_writer import create_store, uncommit
 from semmae.storage.store_paths import sizes_below
 
 BATCH = 8
@@ -122,13 +128,14 @@ def steady(given: argparse.Namespace, work: Path) -> None:
             learner(encoder(batch), worker.identity.grid, batch)
 
     subjects: dict[str, Callable[[], Any]] = {
-        "worker": lambda: worker(0),
+        "worker": lambda: worker(0).result(),
         "bare": bare,
         "learner": with_learner,
     }
     taken: dict[str, list[float]] = {name: [] for name in subjects}
     for turn in range(given.rounds + 1):
         for name, run in subjects.items():
+            uncommit(settings.output, [0])
             began = time.process_time()
             run()
             if turn:  # the first one warms up
@@ -138,6 +145,51 @@ def steady(given: argparse.Namespace, work: Path) -> None:
         ratios = (np.array(taken[name]) / worker_seconds).tolist()
         print(f"rate of a worker over {words}: {interval(ratios)} (wanted 0.95)")
     print(f"{1000 * worker_seconds.mean() / len(pixels):.1f} ms CPU an image")
+
+
+# Writing that takes long.
+
+
+def writing(given: argparse.Namespace, work: Path) -> None:
+    """Shards whose storage takes as long as making them, written behind the worker and not."""
+    torch.set_num_threads(1)
+    settings, shards = made_store(given, work, given.images or 256)
+    worker = ExtractionWorker(settings)
+    record = worker(0).result()
+    slow = sum(record["seconds"][name] for name in OWN)
+
+    def commit_slowly(*args: Any, **arrays: Any) -> dict[str, Any]:
+        time.sleep(slow)
+        return commit_shard(*args, **arrays)
+
+    shard_writing.commit_shard = commit_slowly  # type: ignore[attr-defined]
+
+    def behind() -> None:
+        given_shards = OneBehind(worker)
+        for shard in shards:
+            given_shards.do(shard, lambda images: None)
+        given_shards.finish()
+
+    def in_turn() -> None:
+        for shard in shards:
+            worker(shard).result()
+
+    ratios = []
+    for turn in range(given.rounds + 1):
+        taken = []
+        for run in (in_turn, behind):
+            uncommit(settings.output, shards)
+            began = time.monotonic()
+            run()
+            taken.append(time.monotonic() - began)
+        if turn:  # the first one warms up
+            ratios.append(taken[0] / taken[1])
+    count = len(shards)
+    print(
+        f"{count} shards that take {slow:.2f} s to make and {slow:.2f} s more to write: "
+        f"{interval(ratios)} times as fast as one after another ({2 * count / (count + 1):.2f} "
+        "were all of it hidden)"
+    )
 
 
 # Two workers beside one.
@@ -151,10 +203,10 @@ def rate_of(ends: list[float], images: int, workers: int) -> float:
 def plain(given: argparse.Namespace, work: Path) -> None:
     """A process that does shards by itself; prints when each ended."""
     settings = WorkerSettings(**json.loads(given.settings, object_hook=_paths))
-    worker = ExtractionWorker(settings)
-    for shard in given.shards:
-        worker(shard)
-        print(time.monotonic(), flush=True)
+    worker = OneBehind(ExtractionWorker(settings))
+    for written in (*(worker.do(shard, lambda _: None) for shard in given.shards), worker.finish()):
+        for _ in written:
+            print(time.monotonic(), flush=True)
 
 
 def _paths(values: dict[str, Any]) -> dict[str, Any]:
@@ -249,9 +301,15 @@ class FakeEncoder(ExtractionWorker):
     def _encode(self, loaded: list[LoadedImage], precision: str = "") -> dict[str, torch.Tensor]:
         return self._nothing()
 
-    def __call__(self, shard: int, tell: Tell = lambda images: None) -> dict[str, Any]:
-        record = super().__call__(shard, tell)
-        return {**record, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    def __call__(self, shard: int, tell: Tell = lambda images: None) -> Future[Record]:
+        told: Future[Record] = Future()
+
+        def tell_peak(written: Future[Record]) -> None:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            told.set_result({**written.result(), "peak": peak})
+
+        super().__call__(shard, tell).add_done_callback(tell_peak)
+        return told
 
 
 def filled(given: argparse.Namespace, work: Path) -> None:
@@ -317,13 +375,13 @@ class Idler:
 def placing(given: argparse.Namespace, work: Path) -> None:
     import ray
 
-    from semmae.pipeline import cluster
+    from semmae.pipeline.ray_cluster import RayCluster
 
     count, shards = 32, 157
     # More processors than there are: the fakes need none.
     ray.init(num_cpus=count + 8, include_dashboard=False, log_to_driver=False)
     address = ray.get_runtime_context().gcs_address
-    cluster._OnRay._join = lambda self: None  # type: ignore[method-assign]
+    RayCluster._join = lambda self: None  # type: ignore[method-assign]
     with open_workers(Placement(workers=count, address=address, device="cpu")) as there:
         records = list(there.map(lambda: Sleeper(work, count), range(shards)))
         ends = [time.monotonic() for _ in there.map(Idler, range(IDLE_SHARDS))]
@@ -369,7 +427,7 @@ def verify(given: argparse.Namespace, work: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for run in (steady, workers, start, plan, memory, verify):
+    for run in (steady, writing, workers, start, plan, memory, verify):
         command = commands.add_parser(run.__name__)
         command.add_argument("learner", type=Path)
         command.add_argument("images_folder", type=Path)

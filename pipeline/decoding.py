@@ -61,7 +61,8 @@ class BadImage(Exception):  # noqa: N818  (a record of the data, not a fault of 
 
     Args:
         code: Short slug: ``empty``, ``not-an-image``, ``truncated``, ``no-pixels``, ``too-large``,
-            ``decoder-error``, or ``unreadable`` (the file could not be read at all).
+            ``decoder-error``, ``unreadable`` (the file could not be read at all), ``fatal``
+            (decoding it kills the process) or ``hanging`` (it does not end).
         message: What was wrong; cleaned here of memory addresses, paths and line breaks.
         kind: Name of the exception class that was met.
     """

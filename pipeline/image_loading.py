@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ..storage.image_cache import CachedImage
 from .crops import squash
 from .decoding import BadImage, decode_image
+from .load_clock import LoadClock
 from .sources import ImageReader
 
 
@@ -37,6 +38,7 @@ def load_image(
     image_size: tuple[int, int] | None = None,
     known: int | None = None,
     keep: Keep | None = None,
+    clock: LoadClock | None = None,
 ) -> LoadedImage:
     """Read, check and decode one image.
 
@@ -47,23 +49,26 @@ def load_image(
             known of them.
         known: CRC-32 of encoded bytes that need not be decoded again, unless for ``keep``.
         keep: Of the store's image cache; None without one.
+        clock: Told what reading and decoding take.
 
     Returns:
         ``pixels`` uint8 (H, W, 3) or None, height and width of the whole image, CRC-32 of its
         encoded bytes (0 if they cannot be read), for a bad image why it is, and what ``keep`` made.
     """
-    checksum, same = 0, False
+    clock, checksum, same = clock or LoadClock(), 0, False
     try:
-        data = reader.read(index)
+        with clock.reading():
+            data = reader.read(index)
         checksum = zlib.crc32(data)
         same = checksum == known
         if same and keep is None:
             return LoadedImage(None, None, None, checksum, None, known=True)
-        image = decode_image(data)
+        with clock.decoding(lambda: reader.plan.key(index)):
+            image = decode_image(data)
+            kept = None if keep is None else keep(data, image)
+            if same:
+                return LoadedImage(None, None, None, checksum, None, known=True, kept=kept)
+            pixels = None if image_size is None else squash(image, image_size)
     except BadImage as bad:
         return LoadedImage(None, None, None, checksum, None if same else bad, known=same)
-    kept = None if keep is None else keep(data, image)
-    if same:
-        return LoadedImage(None, None, None, checksum, None, known=True, kept=kept)
-    pixels = None if image_size is None else squash(image, image_size)
     return LoadedImage(pixels, image.shape[0], image.shape[1], checksum, None, kept=kept)

@@ -35,22 +35,27 @@ class Progress:
         )
         self._first, self._done, self._total = done, done, total
         self._start = self._said = time.monotonic()
-        self._figures = ""
+        self._figures = self._note = ""
 
     @property
     def done(self) -> int:
         """Units done, those of earlier runs too."""
         return self._done
 
-    def reach(self, done: int, **figures: float) -> None:
+    def reach(self, done: int, **figures: float | str) -> None:
         """Say that ``done`` units are done in all, which may be fewer than was said before."""
         self.update(done - self._done, **figures)
 
-    def update(self, count: int = 1, **figures: float) -> None:
+    def note(self, text: str) -> None:
+        """Say more at the end of plain lines from now on; a terminal has no room for it."""
+        self._note = f"; {text}" if text else ""
+
+    def update(self, count: int = 1, **figures: float | str) -> None:
         """Say that ``count`` more units are done; ``figures`` are shown beside."""
         self._done += count
         if figures:
-            self._figures = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            shown = {k: v if isinstance(v, str) else f"{v:.4g}" for k, v in figures.items()}
+            self._figures = ", ".join(f"{name} {value}" for name, value in shown.items())
             self._bar.set_postfix_str(self._figures, refresh=False)
         self._bar.update(count)
         if self._plain and time.monotonic() - self._said >= PLAIN_SECONDS:
@@ -63,7 +68,7 @@ class Progress:
         figures = f", {self._figures}" if self._figures else ""
         print(
             f"{self._description}: {self._done}/{self._total} {self._unit}s, "
-            f"{rate:.3g} {self._unit}s/s, {left:.0f} s left{figures}",
+            f"{rate:.3g} {self._unit}s/s, {left:.0f} s left{figures}{self._note}",
             file=sys.stderr,
             flush=True,
         )

@@ -264,9 +264,9 @@ class _Training:
         self._settle()
         figures = self._meter.means()
         figures |= {"learning_rate": rate, "weight_norm": self._weight_norm()}
+        figures["skipped"] = float(self._guard.skipped)
         speed = self._throughput.figures(run.step)
-        skipped = {"skipped": float(self._guard.skipped)}
-        run.point(run.step / per_epoch, {**figures, **skipped, **self._task.figures()}, speed)
+        run.point(run.step / per_epoch, {**figures, **self._task.figures()}, speed)
         self._meter = Meter()
         if not within:
             self._end_epoch(epoch, rate)

@@ -3,12 +3,26 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 Tell = Callable[[int], None]
 """Says how many images of its shard a worker has done so far."""
 
-Watch = Callable[[Mapping[int, int]], None]
-"""Takes how many images of each shard are done; called now and then, from another thread."""
+
+class Told(NamedTuple):
+    """How far a shard is."""
+
+    images: int
+    """That are done."""
+    worker: str
+    """Who does it."""
+
+
+HERE = "this process"
+"""Name of the worker that is no actor."""
+
+Watch = Callable[[Mapping[int, Told]], None]
+"""Takes how far each shard is; called now and then, from another thread."""
 
 WATCH_SECONDS = 2.0
 """Seconds between two calls of a `Watch`."""
@@ -18,19 +32,19 @@ class Tally:
     """What workers told; an actor of its own on Ray, so that telling never holds a worker up."""
 
     def __init__(self) -> None:
-        self._done: dict[int, int] = {}
+        self._told: dict[int, Told] = {}
 
-    def tell(self, shard: int, images: int) -> None:
+    def tell(self, shard: int, images: int, worker: str) -> None:
         """Keep what a worker says of its shard."""
-        self._done[shard] = images
+        self._told[shard] = Told(images, worker)
 
-    def told(self) -> dict[int, int]:
-        """Images done, by shard."""
-        return self._done
+    def told(self) -> dict[int, Told]:
+        """What was said last of each shard."""
+        return self._told
 
 
 @contextlib.contextmanager
-def watched(told: Callable[[], Mapping[int, int]], watch: Watch) -> Iterator[None]:
+def watched(told: Callable[[], Mapping[int, Told]], watch: Watch) -> Iterator[None]:
     """Call ``watch`` with what was told, now and then, while the block runs."""
     over = threading.Event()
 
@@ -51,4 +65,4 @@ def watched(told: Callable[[], Mapping[int, int]], watch: Watch) -> Iterator[Non
 
 def telling(watch: Watch | None, shard: int) -> Tell:
     """Tells of one shard to a `Watch`, or to nobody."""
-    return lambda images: None if watch is None else watch({shard: images})
+    return lambda images: None if watch is None else watch({shard: Told(images, HERE)})

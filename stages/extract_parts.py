@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from ..errors import DamageError, MissingError, SettingError
 from ..pipeline.cluster import Workers, open_workers
-from ..pipeline.options import require
+from ..pipeline.options import require, require_finite
 from ..pipeline.placement import Placement
 from ..pipeline.plan import Plan
 from ..pipeline.shard_worker import ShardWorker
@@ -49,6 +49,9 @@ class ExtractPartsOptions:
     precision: Annotated[Literal["fp32", "bf16", "fp16"], "Of the encoder."] = "fp32"
     device: Annotated[str, "cuda, cpu; auto takes GPUs where there are any."] = "auto"
     decode_threads: Annotated[int, "Threads a worker that read and decode images."] = 2
+    decode_timeout: Annotated[
+        float, "Seconds until decoding an image counts as hanging, which ends its worker; 0: never."
+    ] = 120.0
     class_attention: Annotated[bool, "Keep the encoder's class-token attention, by head."] = False
     probabilities: Annotated[bool, "Keep the soft part maps."] = False
     cache_images: Annotated[
@@ -68,6 +71,8 @@ class ExtractPartsOptions:
         require(self.workers >= 0, "workers", self.workers, "0 or more")
         for name in ("workers_per_gpu", "decode_threads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require_finite(self)
+        require(self.decode_timeout >= 0, "decode_timeout", self.decode_timeout, "0 or more")
         require(self.cache_images >= 0, "cache_images", self.cache_images, "0 or more")
         size = str(self.batch_size)
         right = size == "auto" or (size.isascii() and size.isdigit() and int(size) >= 1)
@@ -212,6 +217,7 @@ def worker_settings(options: ExtractPartsOptions, plan: Plan, workers: Workers) 
         run=uuid.uuid4().hex,
         device=_device_of(options, workers),
         decode_threads=options.decode_threads,
+        decode_timeout=options.decode_timeout,
         update=options.update and options.update.absolute(),
     )
 

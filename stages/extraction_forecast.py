@@ -17,10 +17,11 @@ from ..storage.part_check import committed_shards
 from ..storage.part_identity import CHUNK, StoreIdentity
 from ..storage.part_records import read_commit
 from ..storage.part_store import PartStore
-from ..storage.part_writer import create_store, same_set_up
+from ..storage.part_writer import create_store, same_set_up, uncommit
 from ..storage.store_paths import StorePath
 from .extract_parts import ExtractPartsOptions, store_identity, worker_inputs, worker_settings
 from .extraction_worker import ExtractionWorker
+from .pace import steady_seconds
 from .previous_store import keep_previous, previous_rows, refuse_other_parts
 from .worker_settings import WorkerSettings
 
@@ -210,8 +211,9 @@ def _extracted(
         if previous is not None:
             keep_previous(output, identity.updated_from, previous)
         worker = ExtractionWorker(dataclasses.replace(settings, output=output))
-        worker(0)  # warms up
-        seconds = sum(worker(0)["seconds"].values())
+        worker(0).result()  # warms up
+        uncommit(output, [0])
+        seconds = steady_seconds(worker(0).result()["seconds"])
         objects = read_commit(output, few, 0)["objects"].values()
         return _Measured(len(plan), seconds, sum(described["size"] for described in objects))
 

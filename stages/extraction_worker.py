@@ -3,13 +3,12 @@
 Legend: B images of a batch, n of a shard, H attention heads, P parts, (h, w) patches.
 """
 
+import contextlib
 import functools
 import time
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,33 +17,27 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from ..models.parts import part_labels
 from ..pipeline.cached_images import kept_image
-from ..pipeline.decoding import BadImage
 from ..pipeline.image_loading import LoadedImage, load_image
+from ..pipeline.load_clock import LoadClock
 from ..pipeline.options import choose_device
-from ..pipeline.plan import Plan, plan_of_rows
-from ..pipeline.quarantine import fatal_images
+from ..pipeline.plan import plan_of_rows
+from ..pipeline.shard_worker import Record
 from ..pipeline.sources import ImageReader
 from ..pipeline.watching import Tell
 from ..storage.image_cache import write_image_cache
 from ..storage.part_records import plan_table, read_set_up
 from ..storage.part_store import PartStore
-from ..storage.part_tries import begin_try, forget_tries
+from ..storage.part_tries import begin_try
+from .device_faults import device_faults
 from .networks import TrainedLearner, open_learner
 from .previous_store import PreviousRows
-from .store_filling import commit_shard, meta_rows
+from .shard_images import ShardImages, fatal_after
+from .shard_writing import MadeShard, ShardWriter
+from .store_filling import meta_rows
 from .worker_settings import WorkerSettings
-
-TRIES = 3
-"""Tries of a shard that end with the worker's death before its images are tried one by one."""
-
-MOST_TRIES = 8
-"""Tries of a shard in one run before it is given up."""
 
 CHECKED_BATCHES = 8
 """Batches whose labels are compared with those of full precision."""
-
-_AHEAD = 2
-"""Batches that are decoded ahead of the network."""
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions below float32, by name."""
@@ -60,30 +53,18 @@ class _UnderWay(NamedTuple):
     wait: Callable[[], None]
 
 
-@dataclass
-class _Shard:
-    """What is known of the shard that is being worked on."""
-
-    shard: int
-    plan: Plan
-    start: int
-    reader: ImageReader
-    fatal: dict[int, str]
-    previous: PreviousRows | None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    arrays: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
-    cache: dict[str, int] | None = None
-
-
 class ExtractionWorker:
     """Does shards of a store; one lives in each actor, and it runs without Ray too.
 
     Every batch has the store's batch size, the last one filled with black images, and a CPU worker
     computes with one thread; so what is written does not depend on how many workers there are, nor
-    on which images are bad.  Decoding, the network and the transfers overlap.
+    on which images are bad.  Decoding, the network and the transfers overlap, and a shard is
+    written by a thread while the next one is worked on.
 
     A shard whose worker died `TRIES` times holds an image that kills, or had bad luck: its images
     are then loaded one by one in a process that may die, and those that kill it become bad rows.
+    A shard that was begun before is begun again only when nothing is being written, so that it
+    costs no other shard a try.
 
     Args:
         settings: The settings.
@@ -101,22 +82,19 @@ class ExtractionWorker:
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
         self._trained: TrainedLearner = open_learner(settings.learner)
-        try:
+        with device_faults(self._device, "start fewer workers a GPU, as not even the networks fit"):
             self._trained.encoder.to(self._device)
             self._trained.learner.to(self._device)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"the networks do not fit into the memory of {self._device}: start fewer workers "
-                "a GPU"
-            ) from error
         self._record, self.identity = read_set_up(settings.output)
+        self._writer = ShardWriter(settings.output, self.identity)
         self._old = PartStore.open(settings.update) if settings.update else None
         self._pool = ThreadPoolExecutor(settings.decode_threads)
+        self._clock = LoadClock(settings.decode_timeout)
         side, form = self.identity.image_cache_side, self.identity.image_cache
         self._keep = functools.partial(kept_image, side=side, form=form) if form else None
 
-    def __call__(self, shard: int, tell: Tell = lambda images: None) -> dict[str, Any]:
-        """Extract and commit one shard.
+    def __call__(self, shard: int, tell: Tell = lambda images: None) -> Future[Record]:
+        """Extract one shard, and begin to write it; it is committed when the future has its record.
 
         Args:
             shard: Its number.
@@ -125,107 +103,83 @@ class ExtractionWorker:
         Returns:
             ``shard``, counts ``ok`` and ``bad``, ``seconds`` by activity (`pace.ACTIVITIES`), and
             if this shard is the checked one ``equal`` and ``compared``: patches whose label is that
-            of full precision, of how many.
+            of full precision, of how many.  Of a shard that another worker committed meanwhile
+            only the first three.
 
         Raises:
-            UserError: The shard ended its worker too often in this run, or memory ran out.
+            UserError: The shard ended its worker too often in this run, or memory ran out, or the
+                shard before cannot be written.
+            WorkerLostError: The GPU failed.
         """
-        try:
-            return self._extract(shard, tell)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"the memory of {self._device} ran out with batches of {self.identity.batch_size} "
-                f"images: start a new store with a smaller --batch-size, or fewer workers a GPU"
-            ) from error
+        way_out = (
+            f"start a new store with a smaller --batch-size than {self.identity.batch_size}, or "
+            "fewer workers a GPU"
+        )
+        with device_faults(self._device, way_out):
+            return self._writer.written(shard) or self._extract(shard, tell)
 
-    def _extract(self, shard: int, tell: Tell) -> dict[str, Any]:
+    def _extract(self, shard: int, tell: Tell) -> Future[Record]:
         began = time.perf_counter()
-        state = self._begin(shard)
-        spent = {"wait": time.perf_counter() - began, "encode": 0.0, "write": 0.0}
-        compared = [0, 0]
+        images = self._begin(shard)
+        with contextlib.ExitStack() as begun:
+            cache = write_image_cache(self._settings.output, self.identity, shard)
+            made = MadeShard(shard, images, begun.enter_context(cache))
+            made.spent["wait"] = time.perf_counter() - began
+            before = self._clock.seconds
+            self._encode_all(made, tell)
+            for name, seconds in self._clock.seconds.items():
+                made.spent[name] = seconds - before[name]
+            return self._writer.write(made, begun)
+
+    def _encode_all(self, made: MadeShard, tell: Tell) -> None:
+        """Load and encode the images of a shard; the cache takes them on the way."""
+        spent = made.spent
         before: _UnderWay | None = None
-        loads = self._loads(state)
+        loads = made.images.batches(self.identity.batch_size, self._pool)
         while True:
             began = time.perf_counter()
             batch = next(loads, None)
+            if batch is not None and made.cache is not None:
+                made.cache.extend(image.kept for image in batch[1])
             spent["wait"] += time.perf_counter() - began
             began = time.perf_counter()
             after = (
                 None if batch is None else _UnderWay(*batch, *self._fetch(self._encode(batch[1])))
             )
             if before is not None:
-                self._finish(state, before)
-                tell(len(state.rows))
-                if shard == self._settings.checked and before.first < self._checked_images:
-                    self._compare(before, compared)
-            spent["encode"] += time.perf_counter() - began
+                self._finish(made, before)
+                tell(len(made.rows))
+                if made.shard == self._settings.checked and before.first < self._checked_images:
+                    self._compare(before, made.compared)
+            spent["device"] += time.perf_counter() - began
             before = after
             if before is None:
-                break
-        began = time.perf_counter()
-        whole = {name: np.concatenate(pieces) for name, pieces in state.arrays.items()}
-        record = commit_shard(self._settings.output, shard, state.rows, state.cache, **whole)
-        forget_tries(self._settings.output, shard)
-        spent["write"] = time.perf_counter() - began
-        told = {**record, "seconds": spent}
-        return {**told, "equal": compared[0], "compared": compared[1]} if compared[1] else told
+                return
+            self._writer.refuse_failure()
 
     @property
     def _checked_images(self) -> int:
         return CHECKED_BATCHES * self.identity.batch_size
 
-    def _begin(self, shard: int) -> _Shard:
+    def _begin(self, shard: int) -> ShardImages:
         """Note the try, and find the images that kill if there were too many."""
         settings = self._settings
         start, stop = self.identity.shard_range(shard)
         tries = begin_try(settings.output, shard, settings.run)
-        if tries.in_run >= MOST_TRIES:
-            raise UserError(
-                f"shard {shard} of {settings.output} (images {start} to {stop - 1} of its plan) "
-                f"ended its worker {tries.in_run} times, and no image of it does so by itself: see "
-                "whether memory runs out, and use a smaller --batch-size or fewer --workers"
-            )
+        if tries.before:
+            self._writer.wait()
         table = plan_table(settings.output, self._record, start, stop)
         plan = plan_of_rows(settings.root, table, self._record["class_names"])
-        # In plan order a row group at a time is quick, and memory does not grow with the data set.
-        reader = ImageReader(plan, in_memory_limit=0)
-        fatal: dict[int, str] = {}
-        if tries.before >= TRIES:
-            size = self._trained.image_size
-            load = functools.partial(type(self).load, reader, image_size=size, keep=self._keep)
-            fatal = fatal_images(load, range(len(plan)))
+        load = functools.partial(
+            type(self).load, image_size=self._trained.image_size, keep=self._keep, clock=self._clock
+        )
+        place = f"shard {shard} of {settings.output} (images {start} to {stop - 1} of its plan)"
+        fatal = fatal_after(tries, place, plan, load)
         old = None
         if self._old is not None:
             old = PreviousRows(self._old, settings.output, start, stop)
-        return _Shard(shard, plan, start, reader, fatal, old)
-
-    def _loads(self, state: _Shard) -> Iterator[tuple[int, list[LoadedImage]]]:
-        """Position of the first image of each batch and its images, loaded ahead of their use.
-
-        On the way they go into the image cache, whose file stands after the last batch.
-        """
-        size, count = self.identity.batch_size, len(state.plan)
-        waiting: list[list[Future[LoadedImage]]] = []
-        begun = 0
-        with write_image_cache(self._settings.output, self.identity, state.shard) as cache:
-            for first in range(0, count, size):
-                while begun < count and len(waiting) <= _AHEAD:
-                    places = range(begun, min(begun + size, count))
-                    waiting.append([self._pool.submit(self._load, state, p) for p in places])
-                    begun += size
-                loaded = [future.result() for future in waiting.pop(0)]
-                if cache is not None:
-                    cache.extend(image.kept for image in loaded)
-                yield first, loaded
-        state.cache = None if cache is None else cache.description
-
-    def _load(self, state: _Shard, place: int) -> LoadedImage:
-        if place in state.fatal:
-            data = state.reader.read(place)
-            bad = BadImage("fatal", f"decoding it kills the process ({state.fatal[place]})")
-            return LoadedImage(None, None, None, zlib.crc32(data), bad)
-        known = None if state.previous is None else state.previous.crc32(place)
-        return self.load(state.reader, place, self._trained.image_size, known, self._keep)
+        # In plan order a row group at a time is quick, and memory does not grow with the data set.
+        return ShardImages(plan, start, ImageReader(plan, in_memory_limit=0), load, fatal, old)
 
     @torch.no_grad()
     def _encode(self, loaded: list[LoadedImage], precision: str = "") -> dict[str, torch.Tensor]:
@@ -289,40 +243,33 @@ class ExtractionWorker:
             made["probabilities"] = torch.zeros(size, identity.parts, *grid, dtype=torch.float16)
         return made
 
-    def _finish(self, state: _Shard, batch: _UnderWay) -> None:
+    def _finish(self, shard: MadeShard, batch: _UnderWay) -> None:
         """Wait for a batch and add its rows to the shard's."""
         batch.wait()
-        loaded = batch.loaded
+        images, previous, loaded = shard.images, shard.images.previous, batch.loaded
         # A copy: what was fetched may lie in memory that is used again.
         made = {k: np.array(v[: len(loaded)].numpy()) for k, v in batch.made.items()}
         confidence = made.pop("confidence")
-        self._refuse_overflow(state, batch, confidence)
-        rows = meta_rows(
-            state.plan,
-            batch.first,
-            loaded,
-            made["labels"],
-            confidence,
-            self.identity.parts,
-            state.start,
-        )
+        self._refuse_overflow(images, batch, confidence)
+        about = (loaded, made["labels"], confidence, self.identity.parts, images.start)
+        rows = meta_rows(images.plan, batch.first, *about)
         known = np.flatnonzero([image.known for image in loaded])
-        if state.previous is not None and len(known):
+        if previous is not None and len(known):
             for name, values in made.items():
-                values[known] = state.previous.array(name, batch.first + known)
+                values[known] = previous.array(name, batch.first + known)
             for place in known.tolist():
-                rows[place] = state.previous.meta_row(batch.first + place, rows[place])
-        state.rows += rows
+                rows[place] = previous.meta_row(batch.first + place, rows[place])
+        shard.rows += rows
         for name, values in made.items():
-            state.arrays.setdefault(name, []).append(values)
+            shard.arrays.setdefault(name, []).append(values)
 
     def _refuse_overflow(
-        self, state: _Shard, batch: _UnderWay, confidence: NDArray[np.floating]
+        self, images: ShardImages, batch: _UnderWay, confidence: NDArray[np.floating]
     ) -> None:
         """Maps of a good image that are no numbers would be labels of nothing."""
         for place, image in enumerate(batch.loaded):
             if image.pixels is not None and not np.isfinite(confidence[place]):
-                key = state.plan.table["key"][batch.first + place]
+                key = images.plan.table["key"][batch.first + place]
                 raise UserError(
                     f"the part map of {key} holds values that are no numbers in "
                     f"{self.identity.dtype}: extract with --precision bf16 or fp32 into another "

@@ -1,13 +1,41 @@
 """How fast a store is being filled: by which worker, and what the time goes to."""
 
 import threading
+import time
+from collections import deque
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..pipeline.progress import Progress
+from ..pipeline.watching import HERE, Told
 
-ACTIVITIES = {"wait": "waiting for images", "encode": "encoding", "write": "writing"}
-"""What a worker does one after another, by the name in its records."""
+OWN = {
+    "wait": "waiting for images",
+    "device": "encoding",
+    "hold": "waiting until the shard before was written",
+}
+"""What a worker does one after another, by the name in its records; it adds up to its time."""
+
+THREADS = ("read", "decode", "write")
+"""What its threads do meanwhile; theirs is time of several, beside the worker's own."""
+
+ACTIVITIES = (*OWN, *THREADS)
+"""Names of all that takes time."""
+
+RATE_SECONDS = 60.0
+"""What is shown of a worker's rate is that of so long."""
+
+_APART = 1.0
+"""Seconds between two counts of a worker's images."""
+
+
+def steady_seconds(seconds: Mapping[str, float]) -> float:
+    """What a shard takes among others, which are made while it is written.
+
+    Args:
+        seconds: By activity, of the shard.
+    """
+    return max(sum(seconds[name] for name in OWN), seconds["write"])
 
 
 class Pace:
@@ -22,15 +50,17 @@ class Pace:
     def __init__(self, progress: Progress, done: int, shards: Collection[int]) -> None:
         self._progress, self._done, self._bad = progress, done, 0
         self._open = set(shards)
-        self._under_way: dict[int, int] = {}
+        self._under_way: dict[int, Told] = {}
         self._images: dict[str, int] = {}
         self._seconds: dict[str, dict[str, float]] = {}
+        self._counts: dict[str, deque[tuple[float, int]]] = {}
         self._lock = threading.Lock()
 
-    def watch(self, told: Mapping[int, int]) -> None:
-        """Take how many images of some shards are done; a `pipeline.cluster.Watch`."""
+    def watch(self, told: Mapping[int, Told]) -> None:
+        """Take how far some shards are; a `pipeline.watching.Watch`."""
         with self._lock:
             self._under_way |= {shard: told[shard] for shard in self._open & told.keys()}
+            self._count(time.monotonic())
             self._show()
 
     def committed(self, record: Mapping[str, Any]) -> None:
@@ -46,15 +76,57 @@ class Pace:
             self._under_way.pop(record["shard"], None)
             self._done += images
             self._bad += record["bad"]
-            worker = record.get("worker", "this process")
-            self._images[worker] = self._images.get(worker, 0) + images
-            spent = self._seconds.setdefault(worker, {})
-            for activity, seconds in record.get("seconds", {}).items():
-                spent[activity] = spent.get(activity, 0.0) + seconds
+            if "seconds" in record:  # else it was found, not made
+                worker = record.get("worker", HERE)
+                self._images[worker] = self._images.get(worker, 0) + images
+                spent = self._seconds.setdefault(worker, dict.fromkeys(ACTIVITIES, 0.0))
+                for activity, seconds in record["seconds"].items():
+                    spent[activity] += seconds
             self._show()
 
+    def _count(self, now: float) -> None:
+        """Note how many images each worker has done that is doing any."""
+        images: dict[str, int] = {}
+        for told in self._under_way.values():
+            images[told.worker] = images.get(told.worker, 0) + told.images
+        self._counts = {worker: self._counts.get(worker, deque()) for worker in images}
+        for worker, counts in self._counts.items():
+            if not counts or now - counts[-1][0] >= _APART:
+                counts.append((now, self._images.get(worker, 0) + images[worker]))
+            while now - counts[0][0] > RATE_SECONDS:
+                counts.popleft()
+
+    def _rates(self) -> dict[str, float]:
+        """Images a second of each worker that is doing any, lately."""
+        return {
+            worker: max(counts[-1][1] - counts[0][1], 0) / (counts[-1][0] - counts[0][0])
+            for worker, counts in self._counts.items()
+            if len(counts) > 1
+        }
+
     def _show(self) -> None:
-        self._progress.reach(self._done + sum(self._under_way.values()), bad=self._bad)
+        figures: dict[str, float | str] = {"bad": self._bad}
+        rates, note = self._rates(), self._an_image()
+        if len(rates) > 1:
+            slow = min(rates, key=rates.__getitem__)
+            figures["each"] = f"{rates[slow]:.3g} to {max(rates.values()):.3g}/s"
+            note = f"slowest {slow}" + (f"; {note}" if note else "")
+        done = self._done + sum(told.images for told in self._under_way.values())
+        self._progress.note(note)
+        self._progress.reach(done, **figures)
+
+    def _an_image(self) -> str:
+        """What an image took in the mean, by activity; "" before any shard is done."""
+        images = sum(self._images.values())
+        if not images:
+            return ""
+        names = ("read", "decode", "device", "write")
+        took = ", ".join(f"{name} {1e3 * self._spent(name) / images:.3g}" for name in names)
+        return f"ms an image: {took}"
+
+    def _spent(self, activity: str) -> float:
+        """Seconds of all workers."""
+        return sum(seconds[activity] for seconds in self._seconds.values())
 
     @property
     def workers(self) -> dict[str, dict[str, Any]]:
@@ -66,20 +138,14 @@ class Pace:
 
     def sentence(self) -> str:
         """What the time of all workers went to, and who was slowest; "" if they did not tell."""
-        spent = {
-            activity: sum(seconds.get(activity, 0.0) for seconds in self._seconds.values())
-            for activity in ACTIVITIES
-        }
+        spent = {words: self._spent(name) for name, words in OWN.items()}
         total = sum(spent.values())
         if not total:
             return ""
-        shares = ", ".join(
-            f"{words} {spent[activity] / total:.0%}" for activity, words in ACTIVITIES.items()
-        )
+        shares = ", ".join(f"{words} {seconds / total:.0%}" for words, seconds in spent.items())
         rates = {
-            worker: images / max(sum(self._seconds[worker].get(a, 0.0) for a in ACTIVITIES), 1e-9)
+            worker: images / max(sum(self._seconds[worker][name] for name in OWN), 1e-9)
             for worker, images in self._images.items()
-            if images
         }
         slow, fast = min(rates, key=rates.__getitem__), max(rates, key=rates.__getitem__)
         told = f"{len(rates)} worker, {rates[slow]:.3g} images/s"
@@ -88,4 +154,4 @@ class Pace:
                 f"{len(rates)} workers, {rates[slow]:.3g} ({slow}) to {rates[fast]:.3g} images/s "
                 "each"
             )
-        return f"{told}; time went to {shares}"
+        return f"{told}; time went to {shares}; {self._an_image()}"

@@ -21,6 +21,8 @@ class WorkerSettings:
     device: str
     """Device of this worker; of the store's device type."""
     decode_threads: int
+    decode_timeout: float
+    """Seconds that decoding an image may take; 0 for any."""
     checked: int | None = None
     """Shard whose labels are compared with those of full precision."""
     update: StorePath | None = None

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,11 @@ import pytest
 import ray
 
 from semmae.errors import MissingError, SettingError, UserError
-from semmae.pipeline import cluster, watching
+from semmae.pipeline import ray_cluster, ray_shards, watching
 from semmae.pipeline.cluster import open_workers
 from semmae.pipeline.placement import Placement
-from semmae.pipeline.watching import Tell
+from semmae.pipeline.shard_worker import Record, WorkerLostError
+from semmae.pipeline.watching import HERE, Tell, Told
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -63,13 +65,44 @@ class Dies(Fake):
         return super().__call__(shard, tell)
 
 
+class WritesBehind(Fake):
+    """A worker that is written to the end of its shards by a thread; killed once at shard 3."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        super().__init__()
+        self._folder, self._pause = folder, seconds
+        self._thread = ThreadPoolExecutor(1)
+
+    def __call__(self, shard: int, tell: Tell) -> Future[Record]:  # type: ignore[override]
+        mark = self._folder / "killed"
+        if shard == 3 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        record = super().__call__(shard, tell)
+        return self._thread.submit(self._write, record)
+
+    def _write(self, record: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(self._pause)
+        with (self._folder / "written").open("a") as file:
+            file.write(f"{record['shard']}\n")
+        return record
+
+
+def test_map__without_workers_has_written_all_in_the_end(tmp_path: Path) -> None:
+    (tmp_path / "killed").touch()
+    with open_workers(Placement(workers=0)) as workers:
+        records = workers.map(lambda: WritesBehind(tmp_path, 0.05), [4, 3, 1])
+        assert [record["shard"] for record in records] == [4, 3, 1]
+    assert (tmp_path / "written").read_text().split() == ["4", "3", "1"]
+
+
 def test_map__without_workers_runs_here_and_tells() -> None:
-    told: list[Mapping[int, int]] = []
+    told: list[Mapping[int, Told]] = []
     with open_workers(Placement(workers=0)) as workers:
         records = list(workers.map(Fake, [3, 1], told.append))
         assert workers.once(os.getpid) == os.getpid()
     assert [record["shard"] for record in records] == [3, 1]
-    assert told == [{3: 4}, {1: 2}]
+    assert told == [{3: Told(4, HERE)}, {1: Told(2, HERE)}]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -103,15 +136,15 @@ def four_gpus() -> Iterator[str]:
 @pytest.fixture
 def joined(four_gpus: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The address of that Ray, which stays when the workers are left."""
-    monkeypatch.setattr(cluster._OnRay, "_join", lambda self: None)
-    monkeypatch.setattr(cluster._OnRay, "_leave", lambda self: None)
+    monkeypatch.setattr(ray_cluster.RayCluster, "_join", lambda self: None)
+    monkeypatch.setattr(ray_cluster.RayCluster, "_leave", lambda self: None)
     return four_gpus
 
 
 def run(
     placement: Placement, make: Callable[[], Any], shards: range
-) -> tuple[list[dict[str, Any]], list[Mapping[int, int]]]:
-    told: list[Mapping[int, int]] = []
+) -> tuple[list[dict[str, Any]], list[Mapping[int, Told]]]:
+    told: list[Mapping[int, Told]] = []
     with open_workers(placement) as workers:
         return list(workers.map(make, shards, lambda now: told.append(dict(now)))), told
 
@@ -159,7 +192,7 @@ def growing(joined: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], No
             refused = [SimpleNamespace(details=f"{group}:PACK|PENDING") for group in groups]
             return SimpleNamespace(infeasible_gang_resource_requests=refused)
 
-        monkeypatch.setattr(cluster, "_autoscaling_state", state)
+        monkeypatch.setattr(ray_cluster, "_autoscaling_state", state)
 
     return grows
 
@@ -224,10 +257,68 @@ def test_map__a_dead_worker_is_replaced(joined: str, tmp_path: Path) -> None:
     assert sorted(record["shard"] for record in records) == list(range(6))
 
 
+def test_map__what_a_dead_worker_was_still_writing_is_done_again(
+    joined: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    placement = Placement(workers=1, address=joined)
+    records, _ = run(placement, lambda: WritesBehind(tmp_path, 2.0), range(5))
+    assert sorted(record["shard"] for record in records) == list(range(5))
+    assert set((tmp_path / "written").read_text().split()) == set("01234")
+    assert "a worker died at shard 2 and 3, to be done by the next" in capfd.readouterr().err
+
+
+class GpuFails(Fake):
+    """A worker whose GPU fails at shard 2, as often as is asked; leaves a note of each shard."""
+
+    def __init__(self, folder: Path, times: int) -> None:
+        super().__init__()
+        self._folder, self._times = folder, times
+
+    def __call__(self, shard: int, tell: Tell) -> dict[str, Any]:
+        with (self._folder / str(os.getpid())).open("a") as file:
+            file.write(f"{shard}\n")
+        if shard == 2 and len(list(self._folder.glob("failed-*"))) < self._times:
+            (self._folder / f"failed-{os.getpid()}").touch()
+            raise WorkerLostError("cuda:0 failed (CUDA error: device-side assert triggered)")
+        return super().__call__(shard, tell)
+
+
+def test_map__a_process_whose_gpu_failed_is_replaced_by_another(
+    joined: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    records, _ = run(Placement(workers=1, address=joined), lambda: GpuFails(tmp_path, 1), range(5))
+    assert sorted(record["shard"] for record in records) == list(range(5))
+    (failed,) = tmp_path.glob("failed-*")
+    done = (tmp_path / failed.name.removeprefix("failed-")).read_text().split()
+    assert done[-1] == "2"  # it was given no other
+    told = capfd.readouterr().err
+    assert "device-side assert triggered); a worker died at shard 2, to be done by the" in told
+
+
+def test_map__workers_whose_gpus_always_fail_end_the_run_with_their_error(
+    joined: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_shards, "MOST_FAULTS", 1)
+    told = r"no worker is left whose GPU works: on .*: cuda:0 failed \(CUDA error: device-side"
+    with pytest.raises(UserError, match=told) as raised:
+        run(Placement(workers=2, address=joined), lambda: GpuFails(tmp_path, 9), range(2, 3))
+    assert "\n" not in str(raised.value)
+
+
+def test_map__an_actor_whose_gpu_keeps_failing_is_left_out(
+    joined: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_shards, "MOST_FAULTS", 1)
+    records, _ = run(Placement(workers=2, address=joined), lambda: GpuFails(tmp_path, 1), range(5))
+    assert sorted(record["shard"] for record in records) == list(range(5))
+    assert "its GPU failed 1 times in a row: it is left out, 1 workers" in capfd.readouterr().err
+
+
 def test_map__tells_how_far_shards_are(joined: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "WATCH_SECONDS", 0.2)
-    _, told = run(Placement(workers=2, address=joined), lambda: Fake(1.5), range(4))
-    assert {0: 1, 1: 2}.items() <= told[-1].items()
+    records, told = run(Placement(workers=2, address=joined), lambda: Fake(1.5), range(4))
+    assert {shard: said.images for shard, said in told[-1].items()}.items() >= {0: 1, 1: 2}.items()
+    assert told[-1][0].worker in {record["worker"] for record in records}
 
 
 def test_once__runs_where_a_worker_would(joined: str) -> None:
@@ -244,7 +335,7 @@ def dies() -> Fake:
 def test_map__workers_that_only_die_are_given_up(
     joined: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cluster, "MOST_DEATHS", 1)
+    monkeypatch.setattr(ray_shards, "MOST_DEATHS", 1)
     with pytest.raises(UserError, match="workers died 3 times and did not one shard"):
         run(Placement(workers=2, address=joined), dies, range(4))
     assert "a worker died at shard" in capfd.readouterr().err

@@ -69,12 +69,22 @@ def test_progress__keeps_the_last_figures(clock: Clock, lines: Callable[[], list
     assert lines() == ["training: 4/4 images, 4 images/s, 0 s left, loss 3"]
 
 
+def test_progress__adds_a_note_to_plain_lines(clock: Clock, lines: Callable[[], list[str]]) -> None:
+    with Progress("reading", 4, "image") as progress:
+        progress.note("slowest there:2")
+        clock.now += 1
+        progress.update(2, each="1 to 2/s")
+    assert lines() == ["reading: 2/4 images, 2 images/s, 1 s left, each 1 to 2/s; slowest there:2"]
+
+
 def test_progress__draws_a_bar_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Progress("reading", 4, "image", done=2) as progress:
+        progress.note("slowest there:2")
         progress.update(2, loss=0.5)
     shown = capsys.readouterr().err
     assert re.search(r"reading: 100%.*4/4.*loss 0\.5", shown)
     assert "images/s," not in shown
+    assert "slowest" not in shown

@@ -1,6 +1,7 @@
 import io
 import shutil
 import zlib
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 from semmae.errors import DamageError, MismatchError, SettingError, UserError
 from semmae.pipeline import plan, plan_rows
 from semmae.pipeline.image_loading import LoadedImage
+from semmae.pipeline.shard_worker import Record
 from semmae.pipeline.watching import Tell
 from semmae.stages import extraction_identity as module
 from semmae.stages import store_filling
@@ -142,7 +144,7 @@ def test_extract_parts__bad_images_leave_the_maps_of_others_alone(
 class Stops(ExtractionWorker):
     """A worker that breaks off at its second shard."""
 
-    def __call__(self, shard: int, tell: Tell = print) -> dict[str, object]:
+    def __call__(self, shard: int, tell: Tell = print) -> Future[Record]:
         if shard == 1:
             raise KeyboardInterrupt
         return super().__call__(shard, tell)
@@ -290,9 +292,14 @@ def test_extract_parts__maps_that_are_no_numbers_are_refused(world: World, tmp_p
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"device": "gpu"}, "expected auto, cpu"), ({"device": "cuda:1", "workers": 1}, "of its own")],
+    [
+        ({"decode_timeout": -1.0}, "--decode-timeout is -1.0: expected 0 or more"),
+        ({"decode_timeout": float("nan")}, "--decode-timeout is nan: expected finite"),
+        ({"device": "gpu"}, "expected auto, cpu"),
+        ({"device": "cuda:1", "workers": 1}, "of its own"),
+    ],
 )
-def test_extract_parts__no_device_is_refused(
+def test_extract_parts__options_that_cannot_be_are_refused(
     world: World, tmp_path: Path, changes: dict[str, object], words: str
 ) -> None:
     with pytest.raises(SettingError, match=words):

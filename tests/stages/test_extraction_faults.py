@@ -4,18 +4,20 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from semmae.errors import UserError
-from semmae.stages import extraction_worker
+from semmae.stages import shard_images
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
-from semmae.stages.extraction_worker import TRIES, ExtractionWorker
+from semmae.stages.extraction_worker import ExtractionWorker
+from semmae.stages.shard_images import TRIES
 from semmae.storage.part_store import PartStore
 from semmae.storage.part_tries import begin_try
-from semmae.tests.stages.poison import POISON, poisoned_load
+from semmae.tests.stages.poison import HANGING, POISON, poisoned_load
 from semmae.tests.world import World, lasting_bytes
 
 
@@ -99,13 +101,38 @@ def test_poison__under_ray_ends_as_the_same_store(
     assert lasting_bytes(tmp_path / "store") == lasting_bytes(quarantined[0])
 
 
+def test_hanging__ends_the_process_and_after_three_tries_is_one_bad_row(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, output = tmp_path / "images", tmp_path / "store"
+    shutil.copytree(world.data, data)
+    keys = PartStore.open(world.store).meta(["key"])["key"].to_pylist()
+    (data / keys[40]).write_bytes(HANGING + b" and more")
+    options = replace(options_for(world, data, output), decode_timeout=1.0)
+    assert end_of(lambda: extract_parts(options, PoisonedWorker)) == signal.SIGALRM
+    assert f"decoding {keys[40]} does not end within --decode-timeout 1 s" in capfd.readouterr().err
+    assert len([try_ for try_ in (output / "runs/tries").iterdir() if "00001." in try_.name]) == 1
+    for _ in range(TRIES - 1):
+        begin_try(output, 1, "earlier")
+    extract_parts(options, PoisonedWorker)
+    meta = pd.read_parquet(output / "meta")
+    bad = meta[meta["status"] == "bad"]
+    assert bad["index"].tolist() == [40]
+    assert bad["error_code"].tolist() == ["hanging"]
+    assert bad["error"].tolist() == ["decoding it does not end"]
+    same = (PartStore.open(output).labels() == PartStore.open(world.store).labels()).all(
+        axis=(1, 2)
+    )
+    assert same.tolist() == [index != 40 for index in range(72)]
+
+
 def test_a_shard_that_ends_its_worker_for_no_image_is_given_up(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = options_for(world, Path(world.data), tmp_path / "store")
     with pytest.raises(ZeroDivisionError):
         extract_parts(options, lambda settings: 1 / 0)  # type: ignore[arg-type,return-value]
-    monkeypatch.setattr(extraction_worker, "MOST_TRIES", 0)
+    monkeypatch.setattr(shard_images, "MOST_TRIES", 0)
     with pytest.raises(UserError, match=r"shard 0 of .* ended its worker 0 times"):
         extract_parts(options)
     monkeypatch.undo()

@@ -3,9 +3,10 @@
 import io
 import json
 import shutil
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from semmae.errors import MismatchError, MissingError, SettingError
 from semmae.pipeline.image_loading import LoadedImage
 from semmae.pipeline.schedule import Draw
+from semmae.pipeline.shard_worker import Record
 from semmae.pipeline.watching import Tell
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.extraction_worker import ExtractionWorker
@@ -54,7 +56,7 @@ def raw_store(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Stops(ExtractionWorker):
     """A worker that breaks off in the middle of its second shard."""
 
-    def __call__(self, shard: int, tell: Tell = lambda images: None) -> dict[str, Any]:
+    def __call__(self, shard: int, tell: Tell = lambda images: None) -> Future[Record]:
         self._batches = 1 if shard == 1 else 100
         return super().__call__(shard, tell)
 

@@ -1,6 +1,7 @@
 """`extract-parts --update`: rows of an earlier store that stayed the same."""
 
 import shutil
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from semmae.errors import DamageError, MismatchError, SettingError
+from semmae.pipeline.shard_worker import Record
 from semmae.pipeline.watching import Tell
 from semmae.stages import extraction_forecast
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
@@ -92,7 +94,7 @@ def test_update__bytes_of_equal_size_are_told_apart(
 class Stops(Counts):
     """A worker that breaks off at its second shard."""
 
-    def __call__(self, shard: int, tell: Tell = print) -> dict[str, object]:
+    def __call__(self, shard: int, tell: Tell = print) -> Future[Record]:
         if shard == 1:
             raise KeyboardInterrupt
         return super().__call__(shard, tell)
@@ -198,11 +200,11 @@ def test_forecast__measures_what_is_taken_over_with_the_earlier_store(
     seen = []
 
     class Watched(Counts):
-        def __call__(self, shard: int, tell: Tell = print) -> dict[str, object]:
-            record = super().__call__(shard, tell)
-            seen.append((self._settings.update, record["ok"], sum(Counts.seen)))
+        def __call__(self, shard: int, tell: Tell = print) -> Future[Record]:
+            written = super().__call__(shard, tell)
+            seen.append((self._settings.update, written.result()["ok"], sum(Counts.seen)))
             Counts.seen = []
-            return record
+            return written
 
     monkeypatch.setattr(extraction_forecast, "ExtractionWorker", Watched)
     forecast_extraction(options_for(world, Path(world.data), tmp_path / "new", update=old))

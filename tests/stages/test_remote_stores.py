@@ -6,6 +6,7 @@ import pickle
 import signal
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from semmae.errors import UserError
 from semmae.pipeline.cluster import open_workers
+from semmae.pipeline.shard_worker import Record
 from semmae.pipeline.sources import list_images
 from semmae.pipeline.watching import Tell
 from semmae.stages.evals.history import rerun
@@ -161,7 +163,7 @@ class Stops(ExtractionWorker):
             raise KeyboardInterrupt
         return super()._batch(loaded)
 
-    def __call__(self, shard: int, tell: Tell = print) -> dict[str, Any]:
+    def __call__(self, shard: int, tell: Tell = print) -> Future[Record]:
         self._now = shard
         return super().__call__(shard, tell)
 
@@ -192,8 +194,10 @@ def test_extract_parts__broken_off_anywhere_goes_on_to_the_same_bytes(
     assert stands() == ["commits/00000.json", "meta/part-00000.parquet", "meta/part-00001.parquet"]
 
     class Loses(ExtractionWorker):
-        def __call__(self, shard: int, tell: Tell = print) -> dict[str, Any]:
-            calm_s3.answer = 503 if shard == 2 else None
+        def __call__(self, shard: int, tell: Tell = print) -> Future[Record]:
+            if shard == 2:
+                self._writer.wait()  # an upload is tried again for long
+                calm_s3.answer = 503
             return super().__call__(shard, tell)
 
     with pytest.raises(UserError, match=r"s3://stores/.* does not answer: 5 tries") as lost:
@@ -219,7 +223,7 @@ def test_extraction_worker__in_processes_of_their_own_write_the_same_bytes(
             if child == 0:
                 ended = 1
                 try:
-                    ExtractionWorker(pickle.loads(settings))(shard)
+                    ExtractionWorker(pickle.loads(settings))(shard).result()
                     ended = 0
                 finally:
                     os._exit(ended)

@@ -1,11 +1,12 @@
 import random
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from semmae.errors import DamageError, MissingError, SettingError
+from semmae.pipeline.shard_worker import Record
 from semmae.pipeline.watching import Tell
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.extraction_worker import ExtractionWorker
@@ -103,7 +104,7 @@ def test_verify_parts__without_plan_and_complete_record_checks_what_is_committed
 
 def test_repair_parts__ends_a_store_that_was_never_complete(world: World, tmp_path: Path) -> None:
     class BrokenOff(ExtractionWorker):
-        def __call__(self, shard: int, tell: Tell = lambda images: None) -> dict[str, Any]:
+        def __call__(self, shard: int, tell: Tell = lambda images: None) -> Future[Record]:
             if shard:
                 raise SettingError("broken off")
             return super().__call__(shard, tell)

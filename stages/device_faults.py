@@ -1,0 +1,42 @@
+"""What goes wrong on a device, in one sentence: its memory ran out, or it failed."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from ..errors import UserError
+from ..pipeline.shard_worker import WorkerLostError
+
+_FULL = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+"""What libraries say whose allocations are not torch's own."""
+
+_FAILED = ("CUDA error", "CUDA driver error", "HIP error", "cuDNN error", "CUBLAS_STATUS_")
+"""What torch says of a GPU that failed, where it has no class of its own for it."""
+
+
+@contextlib.contextmanager
+def device_faults(device: torch.device, way_out: str) -> Iterator[None]:
+    """Tell faults of the device that are met in the block from faults of the program.
+
+    Args:
+        device: What is computed on.
+        way_out: What to do where its memory ran out.
+
+    Raises:
+        UserError: The memory ran out; the process is none the worse for it.
+        WorkerLostError: The GPU failed, and this process can use it no more.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        told = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or any(word in told for word in _FULL):
+            raise UserError(f"the memory of {device} ran out: {way_out}") from error
+        if isinstance(error, torch.AcceleratorError) or any(word in told for word in _FAILED):
+            # The lines below the first are advice to programmers.
+            first = (told.strip() or type(error).__name__).splitlines()[0]
+            raise WorkerLostError(
+                f"{device} failed ({first}): see to the GPU and its driver"
+            ) from error
+        raise
