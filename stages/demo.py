@@ -111,6 +111,7 @@ def demo(options: DemoOptions) -> None:
                 output=learner,
                 loader_workers=1,
                 epochs=4,
+                place_images=2000,
                 seed=options.seed,
             )
         ),
