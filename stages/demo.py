@@ -112,6 +112,7 @@ def demo(options: DemoOptions) -> None:
                 loader_workers=1,
                 epochs=4,
                 place_images=2000,
+                place_steps=min(options.train // 2, 1500),
                 seed=options.seed,
             )
         ),
