@@ -202,8 +202,8 @@ def test_repair_parts__does_an_image_that_can_be_read_again(
 
     class Denied(ExtractionWorker):
         @staticmethod
-        def load(reader, index, *rest):  # type: ignore[no-untyped-def]
-            loaded = ExtractionWorker.load(reader, index, *rest)
+        def load(reader, index, **told):  # type: ignore[no-untyped-def]
+            loaded = ExtractionWorker.load(reader, index, **told)
             if reader.plan.key(index) != keys[40]:
                 return loaded
             denied = BadImage("unreadable", "Permission denied")
