@@ -138,8 +138,8 @@ def _refuse_changed(place: StorePath, rows: Sequence[Mapping[str, Any]]) -> None
     if changed:
         raise MismatchError(
             f"{len(changed)} images are not those that {place} was written of, such as "
-            f"{changed[0]['key']}: put those of then back; or remove that file, and its shard takes "
-            "those of now"
+            f"{changed[0]['key']}: put those of then back; or remove that file, and its shard "
+            "takes those of now"
         )
 
 
