@@ -542,9 +542,12 @@ def _verify(
     faults, changed = verify_parts(path), 0
     for fault in faults:
         print(fault)
-    for image in changed_images(path, data) if data else ():
-        print(image)
-        changed += 1
+    if data and any(fault.name.startswith("plan") for fault in faults):
+        print("without a sound plan the images are not compared", file=sys.stderr)
+    elif data:
+        for image in changed_images(path, data):
+            print(image)
+            changed += 1
     if faults:
         raise DamageError(
             f"{len(faults)} objects of {store} are not as they were written: "

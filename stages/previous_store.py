@@ -31,6 +31,9 @@ _MAY_DIFFER = (
 )
 
 
+_ENDED_THEIR_PROCESS = "fatal", "hanging"
+"""Error codes of images whose decoding ended or hung the process, as `shard_images` gives them."""
+
 _ROW = np.dtype("<i8")
 """Of the file that says which row of the earlier store each image is, -1 for none."""
 
@@ -115,9 +118,14 @@ class PreviousRows:
         self._shards: dict[tuple[str, int], NDArray[Any]] = {}
 
     def crc32(self, place: int) -> int | None:
-        """CRC-32 of the encoded image that had this key and size; None if there was none."""
+        """CRC-32 of the encoded image that had this key and size; None if there was none.
+
+        Nor is one known whose decoding ended or hung its process: that may have been the machine.
+        """
         row = int(self._rows[place])
-        return None if row < 0 else int(self._meta[row]["crc32"])
+        if row < 0 or self._meta[row]["error_code"] in _ENDED_THEIR_PROCESS:
+            return None
+        return int(self._meta[row]["crc32"])
 
     def meta_row(self, place: int, row: dict[str, Any]) -> dict[str, Any]:
         """The meta row of an image with what the earlier store says; index and label stay."""

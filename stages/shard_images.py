@@ -89,7 +89,8 @@ def fatal_after(tries: Tries, shard: str, plan: Plan, load: Load) -> dict[int, s
     if tries.in_run >= MOST_TRIES:
         raise UserError(
             f"{shard} ended its worker {tries.in_run} times, and no image of it does so by itself: "
-            "see whether memory runs out, and use a smaller --batch-size or fewer --workers"
+            "see whether memory runs out, and use a smaller --batch-size or fewer --workers; or, "
+            "where their machines are that busy, raise --decode-timeout"
         )
     if tries.before < TRIES:
         return {}

@@ -125,15 +125,21 @@ def _refuse_changed(place: StorePath, rows: Sequence[Mapping[str, Any]]) -> None
         return
     before = zip(have["crc32"].to_pylist(), have["error_code"].to_pylist(), strict=True)
     changed = [
-        row["key"]
+        row
         for row, (crc32, error) in zip(rows, before, strict=True)
         if row["crc32"] != crc32 and error != "unreadable"
     ]
+    unread = [row for row in changed if row["error_code"] == "unreadable"]
+    if unread:
+        raise MismatchError(
+            f"{len(unread)} images cannot be read now and could be when {place} was written, such "
+            f"as {unread[0]['key']} ({unread[0]['error']}): see to it that they can, and run again"
+        )
     if changed:
         raise MismatchError(
             f"{len(changed)} images are not those that {place} was written of, such as "
-            f"{changed[0]}: put those of then back; or remove that file, and its shard takes those "
-            "of now"
+            f"{changed[0]['key']}: put those of then back; or remove that file, and its shard "
+            "takes those of now"
         )
 
 

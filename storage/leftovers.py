@@ -38,7 +38,7 @@ def sweep(path: StorePath, names: Collection[str]) -> None:
         _sweep_folder(path)
         return
     # Only space is at stake, and listing uploads is a right of its own.
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError, OSError):
         path.end_uploads(lambda name: name in names or name.partition("/")[0] in UNLASTING)
 
 

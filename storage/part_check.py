@@ -283,7 +283,6 @@ def complete_store(path: StorePath) -> dict[str, Any]:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         told = "; ".join(map(str, faults[:8]))
         raise DamageError(f"the part store {path} is not complete: {told}{more}; {WAY_OUT}")
-    sweep(path, names)
     record = {
         "version": VERSION,
         "images": identity.images,
@@ -291,9 +290,10 @@ def complete_store(path: StorePath) -> dict[str, Any]:
         "plan": record_crc32(plan),
         "commits": commits,
     }
+    standing = None
     with contextlib.suppress(MissingError, DamageError):
-        # A store that is complete already may lie on a read-only disk.
-        if read_json(path / "complete.json") == record:
-            return record
-    write_json(path / "complete.json", record)
+        standing = read_json(path / "complete.json")
+    if standing != record:  # a store that is complete already may lie on a read-only disk
+        write_json(path / "complete.json", record)
+    sweep(path, names)
     return record

@@ -90,6 +90,16 @@ def test_poison__leaves_the_maps_of_all_other_images_alone(
     assert same.tolist() == [index != 40 for index in range(72)]
 
 
+def test_poison__is_decoded_again_by_an_update(
+    world: World, poisoned: Path, quarantined: tuple[Path, list[int]], tmp_path: Path
+) -> None:
+    options = options_for(world, poisoned, tmp_path / "new")
+    extract_parts(replace(options, update=quarantined[0]))  # by a decoder that it does not kill
+    (bad,) = PartStore.open(tmp_path / "new").meta(["status", "error_code"]).to_pylist()[40:41]
+    assert bad["status"] == "bad"
+    assert bad["error_code"] != "fatal"
+
+
 @pytest.mark.xdist_group("ray")
 def test_poison__under_ray_ends_as_the_same_store(
     world: World, poisoned: Path, quarantined: tuple[Path, list[int]], tmp_path: Path

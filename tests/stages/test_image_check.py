@@ -5,6 +5,7 @@ import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,8 @@ import pytest
 from semmae import cli
 from semmae.errors import MismatchError
 from semmae.pipeline.decoding import BadImage
+from semmae.pipeline.image_loading import LoadedImage
+from semmae.pipeline.sources import ImageReader
 from semmae.stages import image_check
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.extraction_worker import ExtractionWorker
@@ -202,8 +205,8 @@ def test_repair_parts__does_an_image_that_can_be_read_again(
 
     class Denied(ExtractionWorker):
         @staticmethod
-        def load(reader, index, *rest):  # type: ignore[no-untyped-def]
-            loaded = ExtractionWorker.load(reader, index, *rest)
+        def load(reader: ImageReader, index: int, *args: Any, **told: Any) -> LoadedImage:
+            loaded = ExtractionWorker.load(reader, index, *args, **told)
             if reader.plan.key(index) != keys[40]:
                 return loaded
             denied = BadImage("unreadable", "Permission denied")
@@ -214,6 +217,41 @@ def test_repair_parts__does_an_image_that_can_be_read_again(
     (options.output / "parts.zarr/labels/c/1/0/0").unlink()
     repair_parts(RepairPartsOptions(parts=options.output))
     assert lasting_bytes(options.output) == lasting_bytes(world.store)
+
+
+def test_repair_parts__of_an_image_that_cannot_be_read_now_advises_no_removal(
+    world: World, store: Path, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = ImageReader.read
+
+    def denied(reader: ImageReader, index: int) -> bytes:
+        if reader.plan.key(index) == keys[40]:
+            raise BadImage("unreadable", "Permission denied")
+        return read(reader, index)
+
+    monkeypatch.setattr(ImageReader, "read", denied)
+    (store / "parts.zarr/labels/c/1/0/0").unlink()
+    with pytest.raises(MismatchError, match=rf"such as {keys[40]} \(Permission denied\)") as told:
+        repair_parts(RepairPartsOptions(parts=store))
+    assert "remove" not in str(told.value)
+    monkeypatch.undo()
+    repair_parts(RepairPartsOptions(parts=store))
+    assert lasting_bytes(store) == lasting_bytes(world.store)
+
+
+def test_verify__without_a_sound_plan_names_what_is_damaged(
+    store: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (store / "plan.json").write_text("{}")
+    arguments = ["semmae", "parts", "verify", str(store), "--data", str(data)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code not in (0, None)
+    out, err = capsys.readouterr()
+    assert "plan.json" in out
+    assert "the images are not compared" in err
+    assert "parts repair" in err
 
 
 def test_extract_parts__broken_off_before_a_commit_refuses_a_changed_image(
