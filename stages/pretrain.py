@@ -147,6 +147,12 @@ class Pretraining(Task):
             self._by_part_size.add(known, part_shares(batch["parts"]).gather(1, patches))
         return losses.mean(), {"alpha": batch["alpha"].mean()}
 
+    def after_step(self, progress: float, kept: Tensor) -> None:
+        """Count its losses by alpha and part size, unless it is skipped."""
+        for bins in (self._by_alpha, self._by_part_size):
+            if bins is not None:
+                bins.settle(kept)
+
     def flops(self, images: int) -> int:
         """Of the same network on the meta device, where nothing is computed."""
         shape = self._model.architecture
