@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from ..errors import DamageError
-from .files import describe, read_checked, read_json, write_atomically, write_json
+from .files import describe, file_crc32, read_checked, read_json, write_atomically, write_json
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -52,7 +52,7 @@ def write_dump(
         record: Plain data; numbers that are not finite become the texts ``nan``, ``inf`` and
             ``-inf``.
         arrays: By name.
-        weights: By name; the same as ``first`` wrote.
+        weights: By name; not looked at where ``first`` wrote them, which are the same.
 
     Returns:
         The ``.json`` file.
@@ -61,20 +61,22 @@ def write_dump(
         UserError: The system refused the write.
     """
     folder = dumps_folder(run)
-    kept, weight_data = folder / f"weights-{first:08d}.safetensors", _file(weights)
-    if step == first:
-        write_atomically(kept, weight_data)
-    beside, data = folder / f"step-{step:08d}.safetensors", _file(arrays)
-    write_atomically(beside, data)
-    path = beside.with_suffix(".json")
-    files = {"arrays": (beside, data), "weights": (kept, weight_data)}
-    described = {part: {"name": p.name, **describe(d)} for part, (p, d) in files.items()}
-    write_json(path, {**_told(record), "files": described})
+    kept, path = folder / f"weights-{first:08d}.safetensors", folder / f"step-{step:08d}.json"
+    if step == first or not kept.exists():
+        weight_file = _write(kept, weights)
+    else:
+        size = kept.stat().st_size
+        weight_file = {"name": kept.name, "size": size, "crc32": file_crc32(kept)}
+    files = {"arrays": _write(path.with_suffix(".safetensors"), arrays), "weights": weight_file}
+    write_json(path, {**_told(record), "files": files})
     return path
 
 
-def _file(arrays: Arrays) -> bytes:
-    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+def _write(path: Path, arrays: Arrays) -> dict[str, Any]:
+    """Write a file of arrays; its name, size and CRC-32."""
+    data = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
+    write_atomically(path, data)
+    return {"name": path.name, **describe(data)}
 
 
 def _told(value: Any) -> Any:
