@@ -6,6 +6,7 @@ weights it was computed with, ``weights-<8 digits>.safetensors`` of the first st
 that are skipped change no weight, so a row of them shares one file.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,18 @@ class Dump(NamedTuple):
 def dumps_folder(run: Path) -> Path:
     """Where the dumps of a run are."""
     return run / "non-finite"
+
+
+def drop_dumps(run: Path, step: int) -> None:
+    """Remove the dumps of steps after ``step``, which will be done again.
+
+    Of weights, too: those of an earlier row are named after an earlier step.
+    """
+    # By name, so that no dump is left without what it names.
+    for path in sorted(dumps_folder(run).glob("*-*")):
+        named = re.fullmatch(r"(?:step|weights)-(\d{8,})\.(?:json|safetensors)", path.name)
+        if named and int(named[1]) > step:
+            path.unlink()
 
 
 def write_dump(

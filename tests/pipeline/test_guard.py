@@ -276,6 +276,30 @@ def test_dump__holds_the_running_statistics_that_the_step_began_with(tmp_path: P
             assert np.array_equal(found.weights[name], tensor.numpy()), name
 
 
+def test_fit__drops_dumps_of_steps_that_it_does_again(tmp_path: Path) -> None:
+    run = partial(options, tmp_path, checkpoint_steps=3, checkpoint_epochs=100, log_steps=1)
+    killed = PoisonedTask(3, 4, 5)
+    killed.fails_at = 5
+    with pytest.raises(KilledError):
+        fit(killed, run())
+    assert "step-00000005.json" in dumped(tmp_path)
+    (tmp_path / "non-finite" / "step-by-step.json").touch()
+    fit(PoisonedTask(3, 5, 6), run())  # as on a GPU, where a step may come out otherwise
+    assert dumped(tmp_path) == [
+        "step-00000003.json",
+        "step-00000003.safetensors",
+        "step-00000005.json",
+        "step-00000005.safetensors",
+        "step-00000006.json",
+        "step-00000006.safetensors",
+        "step-by-step.json",
+        "weights-00000003.safetensors",
+        "weights-00000005.safetensors",
+    ]
+    for step in (3, 5, 6):
+        read_dump(tmp_path / "non-finite" / f"step-{step:08d}.json")
+
+
 def test_dump__is_whole_where_the_first_one_of_its_row_was_removed(tmp_path: Path) -> None:
     run = partial(options, tmp_path, checkpoint_steps=1)
     killed = PoisonedTask(4, 5)
