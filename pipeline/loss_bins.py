@@ -61,9 +61,7 @@ class LossBins:
     def read(self) -> dict[str, float]:
         """The mean of each bin that holds anything, of what was settled since the last call.
 
-        It waits for the device.
-
-        All processes must ask together, and have the means over all.
+        It waits for the device.  All processes must ask together, and have the means over all.
         """
         if not self._totals:
             return {}
