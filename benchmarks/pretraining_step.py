@@ -38,7 +38,7 @@ class PlainAutoencoder(MaskedAutoencoder):
     """The same network computed as MAE's usual code does: all patches, everywhere."""
 
     def forward(
-        self, images: Tensor, mask: Tensor, visible: int, predicted: int | None = None
+        self, images: Tensor, mask: Tensor, visible: int, predicted: Tensor | None = None
     ) -> Tensor:
         encoder, pixels = self.encoder, normalise(images, self.mean, self.std)
         tokens = encoder.patch_embed(pixels) + encoder.pos_embed[:, 1:]

@@ -278,13 +278,13 @@ class MaskedAutoencoder(nn.Module):
         return (patches - mean) / (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
 
     def forward(
-        self, images: Tensor, mask: Tensor, visible: int, predicted: int | None = None
+        self, images: Tensor, mask: Tensor, visible: int, predicted: Tensor | None = None
     ) -> Tensor:
         """The loss of each image, float32 (B,): the mean of `patch_losses`."""
         return self.patch_losses(images, mask, visible, predicted)[0].mean(dim=1)
 
     def patch_losses(
-        self, images: Tensor, mask: Tensor, visible: int, predicted: int | None = None
+        self, images: Tensor, mask: Tensor, visible: int, predicted: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The loss of each predicted patch.
 
@@ -292,10 +292,10 @@ class MaskedAutoencoder(nn.Module):
             images: uint8 (B, H, W, 3), RGB.
             mask: bool (B, L), True where masked; every row leaves exactly ``visible`` patches.
             visible: V.
-            predicted: How many of the masked patches the decoder sees and predicts, drawn for each
-                image by torch's generator; None is all.  What is left out costs nothing: with
-                patches of 8 pixels and a fourth of them predicted, the decoder's sequence is 344
-                instead of 785 tokens.
+            predicted: Which of each image's masked patches the decoder sees and predicts, int64
+                (B, K) of places among them (`draw_predicted`); None is all.  What is left out costs
+                nothing: with patches of 8 pixels and a fourth of them predicted, the decoder's
+                sequence is 344 instead of 785 tokens.
 
         Returns:
             float32 (B, K): squared error, mean over a patch's pixels; and int64 (B, K), which
@@ -304,9 +304,8 @@ class MaskedAutoencoder(nn.Module):
         self._choose_attention(images.device.type)
         patches, order = self._prepare(images, mask)
         if predicted is not None:
-            drawn = torch.rand(len(mask), order.shape[1] - visible, device=mask.device)
-            kept = drawn.argsort(dim=1)[:, :predicted]
-            order = torch.cat([order[:, :visible], order[:, visible:].gather(1, kept)], dim=1)
+            chosen = order[:, visible:].gather(1, predicted)
+            order = torch.cat([order[:, :visible], chosen], dim=1)
         made = self.decode(self.encode(patches, order[:, :visible]), order, visible)
         target = self.target(_take(patches, order[:, visible:]))
         return (made.float() - target).square().mean(dim=2), order[:, visible:]
@@ -349,6 +348,27 @@ class MaskedAutoencoder(nn.Module):
         pixels = unpatchify(patches.scatter(1, index, predicted), self.architecture.grid)
         pixels = pixels * self.std.view(3, 1, 1) + self.mean.view(3, 1, 1)
         return pixels.clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def draw_predicted(images: int, masked: int, predicted: int, device: torch.device) -> Tensor:
+    """Which of the masked patches of each image are predicted.
+
+    torch's generator of the CPU draws them, so they are the same on every device and of a network
+    that is compiled.  The host does not wait for the device.
+
+    Args:
+        images: B.
+        masked: Masked patches of an image.
+        predicted: K, how many of these are predicted.
+        device: Where they are wanted.
+
+    Returns:
+        int64 (B, K), places in [0, masked), no two of an image the same.
+    """
+    chosen = torch.rand(images, masked).argsort(dim=1, stable=True)[:, :predicted].contiguous()
+    if device.type == "cuda":
+        chosen = chosen.pin_memory()
+    return chosen.to(device, non_blocking=True)
 
 
 def _take(tokens: Tensor, index: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .feeding import Batch, Named
 from .gradients import Computed, norms_of
 from .options import TrainingOptions, plain_options
 from .parallel import Parallel
-from .schedule import Schedule
+from .schedule import Schedule, indices
 from .tasks import Task
 
 SMALL = 4096
@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
     Attributes:
         number: From 1, as the logs count.
-        computed: What it saw and found.
+        computed: What it found.
         scalars: Means over all processes, on the device, the gradient's norm among them.
         norms: Of each gradient, float32 (gradients,), on the device.
         names: Of these gradients.
@@ -63,10 +63,12 @@ def arrays_of(batch: Batch) -> dict[str, NDArray[Any]]:
 def dump(
     step: Step,
     first: int,
+    buffers: Mapping[str, Tensor],
     task: Task,
     options: TrainingOptions,
     schedule: Schedule,
     parallel: Parallel,
+    parts: range,
     facts: Mapping[str, Any],
 ) -> Path | None:
     """Dump a step; all processes must do it together, before a weight is changed.
@@ -74,10 +76,12 @@ def dump(
     Args:
         step: The step.
         first: First of the row of skipped steps that it is in.
+        buffers: Those of the model before the step, by name.
         task: What trains.
         options: Of the run.
         schedule: Of the run.
         parallel: The task's model.
+        parts: Which parts of the batch this process computed; they are made again.
         facts: What else to say of how it was computed.
 
     Returns:
@@ -86,15 +90,19 @@ def dump(
     computed, weights = step.computed, dict(task.model.named_parameters())
     with torch.no_grad():
         magnitudes = norms_of(weights).tolist()
-    state = parallel.gathered(task.model.state_dict())
-    parts = [arrays_of(batch) for batch in computed.batches]
-    mine = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    state = task.model.state_dict()
+    state = parallel.gathered({name: buffers.get(name, value) for name, value in state.items()})
+    before, per_epoch = step.number - 1, schedule.steps_per_epoch
+    draws = schedule.draws(before, schedule.permutation(options.seed, before // per_epoch))
+    size = len(draws) // (len(parts) * ranks.count())
+    made = [
+        arrays_of(task.data.__getitems__(draws[part * size : (part + 1) * size])) for part in parts
+    ]
+    mine = {name: np.concatenate([arrays[name] for arrays in made]) for name in made[0]}
     shares = ranks.of_all((mine, computed.losses.tolist()))
     if ranks.rank() != 0:
         return None
-    before, per_epoch = step.number - 1, schedule.steps_per_epoch
-    order = schedule.permutation(options.seed, before // per_epoch)
-    drawn = np.array([draw.index for draw in schedule.draws(before, order)])
+    drawn = indices(draws)
     found = checkpoints(options.output)
     record = {
         "kind": task.kind,

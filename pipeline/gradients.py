@@ -16,15 +16,15 @@ from .throughput import Throughput
 
 
 class Computed(NamedTuple):
-    """What a step saw and found, beside the gradients that the parameters hold.
+    """What a step found, beside the gradients that the parameters hold.
+
+    No part of the batch is kept: each holds open files of the loader's memory, or pinned memory.
 
     Attributes:
-        batches: The parts of the batch that this process computed, as they came.
-        losses: Of each of them, float32 (parts,), on the device.
+        losses: Of each part that this process computed, float32 (parts,), on the device.
         scalars: Means over them, on the device; ``loss`` among them.
     """
 
-    batches: list[Batch]
     losses: Tensor
     scalars: dict[str, Tensor]
 
@@ -65,11 +65,10 @@ class Gradients:
             batches: From the loader, on the CPU.
             step: Steps done before, from 0.
         """
-        meter, taken, losses = Meter(), [], []
+        meter, losses = Meter(), []
         for part in self._parts:
             with self._throughput.waiting():
                 batch = next(batches)
-            taken.append(batch)
             there = {
                 name: value.to(self._device, non_blocking=True) for name, value in batch.items()
             }
@@ -83,7 +82,7 @@ class Gradients:
                 (loss / len(self._parts)).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach().float())
             meter.add({"loss": loss, **scalars})
-        return Computed(taken, torch.stack(losses), meter.on_device())
+        return Computed(torch.stack(losses), meter.on_device())
 
 
 def norms_of(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -32,6 +32,7 @@ class Guard:
         skipped: Steps skipped since the run began.
         in_a_row: Those of them since the last step that was not.
         dumps: Those of them that were dumped.
+        before: The buffers by name as `remember` noted them.
     """
 
     def __init__(
@@ -44,13 +45,13 @@ class Guard:
     ) -> None:
         self._optimizer, self._most, self._folder = optimizer, most, folder
         self._flag = _Flag(device)
-        self._buffers = list(model.buffers())
-        self._before: list[Tensor] = []
+        self._buffers = dict(model.named_buffers())
+        self.before: dict[str, Tensor] = {}
         self.skipped = self.in_a_row = self.dumps = 0
 
     def remember(self) -> None:
         """Note the buffers; called before the forward pass."""
-        self._before = [buffer.clone() for buffer in self._buffers]
+        self.before = {name: buffer.clone() for name, buffer in self._buffers.items()}
 
     @torch.no_grad()
     def step(self, *figures: Tensor) -> Tensor:
@@ -74,8 +75,8 @@ class Guard:
             optimizer.step()
         elif not self._flag.read():
             optimizer.step()
-        for buffer, before in zip(self._buffers, self._before, strict=True):
-            buffer.copy_(torch.where(bad, before, buffer))
+        for name, buffer in self._buffers.items():
+            buffer.copy_(torch.where(bad, self.before[name], buffer))
         return 1 - skipped
 
     def count(self) -> bool:

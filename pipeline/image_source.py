@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..errors import MissingError
@@ -58,8 +59,9 @@ class ImageSource:
         return self.plan.labels[self.rows]
 
     def keys(self, positions: NDArray[np.int64]) -> list[str]:
-        """The keys of some images."""
-        found: list[str] = self.plan.take(self.rows[positions])["key"].to_pylist()
+        """The keys of some images, in any order."""
+        rows, places = np.unique(self.rows[positions], return_inverse=True)  # a plan's: ascending
+        found: list[str] = self.plan.take(rows)["key"].take(pa.array(places)).to_pylist()
         return found
 
     def warm(self) -> None:

@@ -12,6 +12,8 @@ from . import ranks
 class LossBins:
     """Sums of losses in bins of a share; they stay on the device until they are read.
 
+    What is added waits until `settle` says whether its step counts.
+
     Args:
         name: Of the figures.
         edges: Where one bin ends and the next begins, ascending, within (0, 1); an edge belongs to
@@ -22,37 +24,50 @@ class LossBins:
         ends = [0.0, *edges, 1.0]
         self._names = [f"{name}/{a:g}-{b:g}" for a, b in pairwise(ends)]
         self._given = edges
-        self._edges = self._numbers = self._sums = self._counts = torch.empty(0)
+        self._edges = self._numbers = torch.empty(0)
+        self._pending: list[Tensor] = []
+        self._totals: list[Tensor] = []
 
     def add(self, losses: Tensor, shares: Tensor) -> None:
-        """Count losses, of any shape; those that are not finite are left out.
+        """Take losses, of any shape, of a step or of a part of it.
 
         Args:
             losses: float32, detached.
             shares: float32 of the same shape, in [0, 1].
         """
-        if not len(self._sums) or self._sums.device != losses.device:
+        if not self._totals or self._edges.device != losses.device:
             self._edges = torch.tensor(self._given, device=losses.device)
             self._numbers = torch.arange(len(self._names), device=losses.device)
-            self._sums = torch.zeros(len(self._names), device=losses.device)
-            self._counts = torch.zeros_like(self._sums, dtype=torch.int64)
-        finite = losses.isfinite()
+            sums = torch.zeros(len(self._names), device=losses.device)
+            self._totals = [sums, torch.zeros_like(sums, dtype=torch.int64)]
+            self._pending = [torch.zeros_like(total) for total in self._totals]
         bins = torch.bucketize(shares, self._edges, right=True)
         # Sums of masked copies: nothing is scattered, so their order is the same every time.
-        belongs = (bins.flatten() == self._numbers[:, None]) & finite.flatten()
-        self._sums += losses.where(finite, 0.0).flatten().mul(belongs).sum(dim=1)
-        self._counts += belongs.sum(dim=1)
+        belongs = bins.flatten() == self._numbers[:, None]
+        self._pending[0] += losses.flatten().mul(belongs).sum(dim=1)
+        self._pending[1] += belongs.sum(dim=1)
+
+    def settle(self, kept: Tensor) -> None:
+        """Count what was added since the last call, or forget it; the device is not waited for.
+
+        Args:
+            kept: A scalar on the device: above 0 where it counts.  A loss that is not finite is of
+                a step that does not.
+        """
+        for total, pending in zip(self._totals, self._pending, strict=True):
+            total += pending.where(kept > 0, 0)
+            pending.zero_()
 
     def read(self) -> dict[str, float]:
-        """The mean of each bin that holds anything, since the last call; waits for the device.
+        """The mean of each bin that holds anything, of what was settled since the last call.
 
-        All processes must ask together, and have the means over all.
+        It waits for the device.  All processes must ask together, and have the means over all.
         """
-        if not len(self._sums):
+        if not self._totals:
             return {}
-        sums, counts = (ranks.sum_of(t).tolist() for t in (self._sums, self._counts))
-        self._sums.zero_()
-        self._counts.zero_()
+        sums, counts = (ranks.sum_of(total).tolist() for total in self._totals)
+        for total in self._totals:
+            total.zero_()
         return {
             name: total / count
             for name, total, count in zip(self._names, sums, counts, strict=True)

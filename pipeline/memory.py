@@ -34,14 +34,14 @@ def of_children() -> dict[str, float]:
     """
     sizes = []
     for child in multiprocessing.active_children():
-        with suppress(OSError):
+        with suppress(OSError, StopIteration):
             sizes.append(_kibibytes(Path(f"/proc/{child.pid}/smaps_rollup"), "Pss:"))
     return {"loader_gib": sum(sizes) * 1024 / _GIB} if sizes else {}
 
 
 def _peak_resident() -> int:
     """Bytes."""
-    with suppress(OSError):
+    with suppress(OSError, StopIteration):
         # What getrusage says may be of the process that started this one.
         return _kibibytes(Path("/proc/self/status"), "VmHWM:") * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -49,5 +49,6 @@ def _peak_resident() -> int:
 
 
 def _kibibytes(file: Path, field: str) -> int:
+    """A field of a file of ``/proc``; OSError without the file, StopIteration without the field."""
     lines = (line.split() for line in file.read_text().splitlines())
     return next(int(line[1]) for line in lines if line[:1] == [field])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from ..storage.dumps import drop_dumps
 from ..storage.files import write_atomically
 
 
@@ -57,8 +58,8 @@ class Run:
     """Folder of a run and its logs; use as a context manager.
 
     ``log.jsonl`` has a JSON line an epoch, ``steps.jsonl`` one for each point between (every
-    ``--log-steps``), and boards show the same.  What was written after ``step`` is dropped: it will
-    be done, and logged, again.
+    ``--log-steps``), and boards show the same.  What was written after ``step`` is dropped, dumps
+    of skipped steps too: it will be done, and logged, again.
 
     Args:
         folder: Of the run; made if absent.
@@ -75,6 +76,7 @@ class Run:
         self.step = step
         for name in ("log.jsonl", "steps.jsonl"):
             _truncate(folder / name, step)
+        drop_dumps(folder, step)
         self._boards: list[Board] = [TensorBoard(folder, step), *boards]
 
     def point(

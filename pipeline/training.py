@@ -179,7 +179,13 @@ class _Training:
         self._unsettled: Step | None = None
         facts = {"precision": precision, "device": device.type}
         self._dump = partial(
-            dump, task=task, options=options, schedule=schedule, parallel=parallel, facts=facts
+            dump,
+            task=task,
+            options=options,
+            schedule=schedule,
+            parallel=parallel,
+            parts=self._mine,
+            facts=facts,
         )
         names = {id(p): name for name, p in task.model.named_parameters()}
         trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -250,7 +256,7 @@ class _Training:
             return
         if guard.dumps_next():
             first = step.number + 1 - guard.in_a_row
-            path = self._dump(step, first)
+            path = self._dump(step, first, guard.before)
             print(f"step {step.number} is skipped, see {path}", file=sys.stderr)
         guard.refuse_more(step.number)
 

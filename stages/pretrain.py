@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MissingError, SettingError
-from ..models.autoencoder import SIZES, Architecture, MaskedAutoencoder
+from ..models.autoencoder import SIZES, Architecture, MaskedAutoencoder, draw_predicted
 from ..models.warm_start import Start, take_decoder, take_encoder
 from ..pipeline.cached_images import CachedImages
 from ..pipeline.feeding import Batch
@@ -125,9 +125,8 @@ class Pretraining(Task):
         self._epochs = options.epochs
         grid = model.architecture.grid
         self._visible = visible_count(grid[0] * grid[1], options.mask_ratio)
-        masked = grid[0] * grid[1] - self._visible
-        predicted = max(round(options.predicted_share * masked), 1)
-        self._predicted = predicted if predicted < masked else None
+        self._masked = grid[0] * grid[1] - self._visible
+        self._predicted = max(round(options.predicted_share * self._masked), 1)
         model.recomputes = options.recompute
         losses = model.patch_losses
         self._patch_losses = torch.compile(losses) if options.compile else losses
@@ -137,8 +136,9 @@ class Pretraining(Task):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the masked patches; the mean alpha of the batch beside it."""
+        images = batch["images"]
         losses, patches = self._patch_losses(
-            batch["images"], batch["mask"], self._visible, self._predicted
+            images, batch["mask"], self._visible, self._drawn(len(images), images.device)
         )
         known = losses.detach()
         if self._by_alpha is not None:
@@ -146,6 +146,18 @@ class Pretraining(Task):
         if "parts" in batch:
             self._by_part_size.add(known, part_shares(batch["parts"]).gather(1, patches))
         return losses.mean(), {"alpha": batch["alpha"].mean()}
+
+    def _drawn(self, images: int, device: torch.device) -> Tensor | None:
+        """Which masked patches are predicted; None is all of them."""
+        if self._predicted == self._masked:
+            return None
+        return draw_predicted(images, self._masked, self._predicted, device)
+
+    def after_step(self, progress: float, kept: Tensor) -> None:
+        """Count its losses by alpha and part size, unless it is skipped."""
+        for bins in (self._by_alpha, self._by_part_size):
+            if bins is not None:
+                bins.settle(kept)
 
     def flops(self, images: int) -> int:
         """Of the same network on the meta device, where nothing is computed."""
@@ -155,7 +167,8 @@ class Pretraining(Task):
             pixels = torch.empty(images, *shape.image_size, 3, dtype=torch.uint8)
             mask = torch.empty(images, shape.grid[0] * shape.grid[1], dtype=torch.bool)
             with FlopCount() as count:
-                losses, _ = twin.patch_losses(pixels, mask, self._visible, self._predicted)
+                drawn = self._drawn(images, pixels.device)
+                losses, _ = twin.patch_losses(pixels, mask, self._visible, drawn)
                 losses.mean().backward()  # type: ignore[no-untyped-call]
         flops: int = count.flops
         return flops

@@ -6,6 +6,7 @@ weights it was computed with, ``weights-<8 digits>.safetensors`` of the first st
 that are skipped change no weight, so a row of them shares one file.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from ..errors import DamageError
-from .files import describe, read_checked, read_json, write_atomically, write_json
+from .files import describe, file_crc32, read_checked, read_json, write_atomically, write_json
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -39,6 +40,18 @@ def dumps_folder(run: Path) -> Path:
     return run / "non-finite"
 
 
+def drop_dumps(run: Path, step: int) -> None:
+    """Remove the dumps of steps after ``step``, which will be done again.
+
+    Of weights, too: those of an earlier row are named after an earlier step.
+    """
+    # By name, so that no dump is left without what it names.
+    for path in sorted(dumps_folder(run).glob("*-*")):
+        named = re.fullmatch(r"(?:step|weights)-(\d{8,})\.(?:json|safetensors)", path.name)
+        if named and int(named[1]) > step:
+            path.unlink()
+
+
 def write_dump(
     run: Path, step: int, first: int, record: Mapping[str, Any], arrays: Arrays, weights: Arrays
 ) -> Path:
@@ -52,7 +65,7 @@ def write_dump(
         record: Plain data; numbers that are not finite become the texts ``nan``, ``inf`` and
             ``-inf``.
         arrays: By name.
-        weights: By name; the same as ``first`` wrote.
+        weights: By name; not looked at where ``first`` wrote them, which are the same.
 
     Returns:
         The ``.json`` file.
@@ -61,20 +74,22 @@ def write_dump(
         UserError: The system refused the write.
     """
     folder = dumps_folder(run)
-    kept, weight_data = folder / f"weights-{first:08d}.safetensors", _file(weights)
-    if step == first:
-        write_atomically(kept, weight_data)
-    beside, data = folder / f"step-{step:08d}.safetensors", _file(arrays)
-    write_atomically(beside, data)
-    path = beside.with_suffix(".json")
-    files = {"arrays": (beside, data), "weights": (kept, weight_data)}
-    described = {part: {"name": p.name, **describe(d)} for part, (p, d) in files.items()}
-    write_json(path, {**_told(record), "files": described})
+    kept, path = folder / f"weights-{first:08d}.safetensors", folder / f"step-{step:08d}.json"
+    if step == first or not kept.exists():
+        weight_file = _write(kept, weights)
+    else:
+        size = kept.stat().st_size
+        weight_file = {"name": kept.name, "size": size, "crc32": file_crc32(kept)}
+    files = {"arrays": _write(path.with_suffix(".safetensors"), arrays), "weights": weight_file}
+    write_json(path, {**_told(record), "files": files})
     return path
 
 
-def _file(arrays: Arrays) -> bytes:
-    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+def _write(path: Path, arrays: Arrays) -> dict[str, Any]:
+    """Write a file of arrays; its name, size and CRC-32."""
+    data = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
+    write_atomically(path, data)
+    return {"name": path.name, **describe(data)}
 
 
 def _told(value: Any) -> Any:

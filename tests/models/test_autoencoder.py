@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from semmae.errors import SettingError
-from semmae.models.autoencoder import SIZES, Architecture, MaskedAutoencoder
+from semmae.models.autoencoder import SIZES, Architecture, MaskedAutoencoder, draw_predicted
 from semmae.models.vision import IMAGENET_MEAN, IMAGENET_STD, normalise, patchify
 
 PATCH = 8
@@ -339,15 +339,38 @@ def test_loss__takes_plain_attention_in_bfloat16_on_cpus() -> None:
         assert {block.attn.fused_attn for block in blocks} == {not half}
 
 
+def drawn(images: int, predicted: int) -> Tensor:
+    return draw_predicted(images, 16 - VISIBLE, predicted, torch.device("cpu"))
+
+
+def test_draw_predicted__draws_each_place_alike_and_none_twice() -> None:
+    torch.manual_seed(3)
+    found = drawn(4000, 3)
+    assert found.shape == (4000, 3)
+    assert bool((found.sort(dim=1).values.diff(dim=1) > 0).all())
+    share = found.flatten().bincount(minlength=16 - VISIBLE) / found.numel()
+    assert share.tolist() == pytest.approx([1 / (16 - VISIBLE)] * (16 - VISIBLE), rel=0.1)
+    assert not torch.equal(found, drawn(4000, 3))
+    torch.manual_seed(3)
+    assert torch.equal(found, drawn(4000, 3))
+
+
+def test_draw_predicted__draws_with_the_generator_of_the_cpu_for_any_device() -> None:
+    torch.manual_seed(3)
+    drawn(5, 3)
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    there = draw_predicted(5, 16 - VISIBLE, 3, torch.device("meta"))
+    assert there.device.type == "meta"
+    assert torch.equal(torch.get_rng_state(), after)
+
+
 def test_loss__of_fewer_predicted_patches_is_their_mean() -> None:
     model, images, mask = autoencoder(), random_images(400), random_mask(400)
     with torch.no_grad():
         whole = model(images, mask, VISIBLE)
-        torch.manual_seed(3)
-        few = model(images, mask, VISIBLE, 4)
-        torch.manual_seed(3)
-        assert torch.equal(few, model(images, mask, VISIBLE, 4))
-        torch.testing.assert_close(model(images, mask, VISIBLE, 16 - VISIBLE), whole)
+        few = model(images, mask, VISIBLE, drawn(400, 4))
+        torch.testing.assert_close(model(images, mask, VISIBLE, drawn(400, 16 - VISIBLE)), whole)
     assert not torch.equal(few, whole)
     # Each image's own differs, as the patches do and those that the decoder attends to; their mean
     # over many images does not.
@@ -386,8 +409,10 @@ def test_patch_losses__are_those_of_the_patches_that_they_name() -> None:
     model, images, mask = autoencoder().eval(), random_images(3), random_mask(3)
     losses, patches = model.patch_losses(images, mask, VISIBLE)
     assert torch.equal(losses.mean(dim=1), model(images, mask, VISIBLE))
-    torch.manual_seed(1)
-    few, named = model.patch_losses(images, mask, VISIBLE, 4)
+    chosen, before = drawn(3, 4), torch.get_rng_state()
+    few, named = model.patch_losses(images, mask, VISIBLE, chosen)
+    assert torch.equal(torch.get_rng_state(), before)  # else devices would draw others
+    assert torch.equal(named, patches.gather(1, chosen))
     assert few.shape == named.shape == (3, 4)
     for row in range(3):
         assert sorted(patches[row].tolist()) == mask[row].nonzero().flatten().tolist()

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,58 @@ def test_dump__says_what_was_computed_of_what(
         assert record["newest_checkpoint"] == f"step-{step - 1:08d}.pt"
         assert found.weights.keys() == weights.keys()
         assert all(np.array_equal(found.weights[k], w.numpy()) for k, w in weights.items())
+
+
+def test_dump__holds_the_running_statistics_that_the_step_began_with(tmp_path: Path) -> None:
+    class Normed(PoisonedTask):
+        def __init__(self) -> None:
+            super().__init__(4, 5)
+            self.model.insert(0, nn.BatchNorm1d(6))
+
+    chosen = options(tmp_path, checkpoint_steps=3, keep_checkpoints=0, log_steps=100, micro_batch=2)
+    fit(Normed(), chosen)
+    state = load_checkpoint(at(tmp_path, 3))["model"]
+    for step in (4, 5):
+        found = read_dump(tmp_path / "non-finite" / f"step-{step:08d}.json")
+        assert found.record["files"]["weights"]["name"] == "weights-00000004.safetensors"
+        assert found.weights.keys() == state.keys()
+        for name, tensor in state.items():
+            assert np.array_equal(found.weights[name], tensor.numpy()), name
+
+
+def test_fit__drops_dumps_of_steps_that_it_does_again(tmp_path: Path) -> None:
+    run = partial(options, tmp_path, checkpoint_steps=3, checkpoint_epochs=100, log_steps=1)
+    killed = PoisonedTask(3, 4, 5)
+    killed.fails_at = 5
+    with pytest.raises(KilledError):
+        fit(killed, run())
+    assert "step-00000005.json" in dumped(tmp_path)
+    (tmp_path / "non-finite" / "step-by-step.json").touch()
+    fit(PoisonedTask(3, 5, 6), run())  # as on a GPU, where a step may come out otherwise
+    assert dumped(tmp_path) == [
+        "step-00000003.json",
+        "step-00000003.safetensors",
+        "step-00000005.json",
+        "step-00000005.safetensors",
+        "step-00000006.json",
+        "step-00000006.safetensors",
+        "step-by-step.json",
+        "weights-00000003.safetensors",
+        "weights-00000005.safetensors",
+    ]
+    for step in (3, 5, 6):
+        read_dump(tmp_path / "non-finite" / f"step-{step:08d}.json")
+
+
+def test_dump__is_whole_where_the_first_one_of_its_row_was_removed(tmp_path: Path) -> None:
+    run = partial(options, tmp_path, checkpoint_steps=1)
+    killed = PoisonedTask(4, 5)
+    killed.fails_at = 4
+    with pytest.raises(KilledError):
+        fit(killed, run())
+    shutil.rmtree(tmp_path / "non-finite")
+    fit(PoisonedTask(4, 5), run())
+    assert read_dump(tmp_path / "non-finite" / "step-00000005.json").weights.keys()
 
 
 def test_dump__tells_the_part_whose_loss_is_not_finite(tmp_path: Path) -> None:

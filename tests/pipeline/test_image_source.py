@@ -14,6 +14,7 @@ from PIL import Image
 from torch.multiprocessing import get_context
 
 from semmae.errors import MissingError
+from semmae.pipeline import plan, plan_rows
 from semmae.pipeline.data_root import LocalRoot
 from semmae.pipeline.image_source import Geometry, ImageSource, batches_in_order
 from semmae.pipeline.plan import Plan
@@ -183,3 +184,19 @@ def test_warm__is_not_repeated(tmp_path: Path, opened: Counter[str]) -> None:
         images.warm()
     _read_all(images)
     assert opened == {"train-0.parquet": 1, "train-1.parquet": 1}
+
+
+@pytest.mark.parametrize("filed", [False, True])
+def test_keys__come_in_the_order_that_is_asked_for(
+    filed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if filed:
+        monkeypatch.setattr(plan_rows, "RUN_ROWS", 8)
+        monkeypatch.setattr(plan_rows, "TABLE_ROWS", 4)
+        monkeypatch.setattr(plan, "TABLE_ROWS", 4)
+    listed = folder(tmp_path / "d", 24)
+    assert isinstance(listed.rows, plan_rows.FiledRows) == filed
+    images = ImageSource(listed, np.arange(2, 24))
+    asked = np.random.default_rng(0).permutation(22)[:15]
+    asked = np.append(asked, asked[3])
+    assert images.keys(asked) == [f"{2 + position:03d}.png" for position in asked]

@@ -16,6 +16,7 @@ def test_loss_bins__are_the_means_of_each_range() -> None:
         losses.append(rng.random((4, 7), dtype=np.float32))
         shares.append(rng.random((4, 7), dtype=np.float32))
         bins.add(torch.from_numpy(losses[-1]), torch.from_numpy(shares[-1]))
+        bins.settle(torch.ones(()))
     loss, share = np.stack(losses), np.stack(shares)
     expected = {
         "by/0-0.2": loss[share < 0.2].mean(),
@@ -26,11 +27,16 @@ def test_loss_bins__are_the_means_of_each_range() -> None:
     assert bins.read() == {}
 
 
-def test_loss_bins__leave_out_empty_bins_and_losses_that_are_not_finite() -> None:
+def test_loss_bins__leave_out_empty_bins_and_steps_that_are_skipped() -> None:
     bins = LossBins("by", EDGES)
+    bins.settle(torch.ones(()))
     assert bins.read() == {}
-    bins.add(torch.tensor([1.0, math.nan, 3.0, math.inf]), torch.tensor([0.2, 0.2, 1.0, 0.0]))
-    assert bins.read() == {"by/0.2-0.4": 1.0, "by/0.4-1": 3.0}
+    for kept, losses in enumerate(([1.0, math.nan, 3.0, math.inf], [1.0, 2.0, 3.0, 4.0])):
+        for part in (slice(0, 2), slice(2, 4)):
+            bins.add(torch.tensor(losses)[part], torch.tensor([0.2, 0.2, 1.0, 1.0])[part])
+        assert bins.read() == {}
+        bins.settle(torch.tensor(float(kept)))
+    assert bins.read() == {"by/0.2-0.4": 1.5, "by/0.4-1": 3.5}
 
 
 def test_part_shares__is_the_size_of_each_patch_s_part() -> None:

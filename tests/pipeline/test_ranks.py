@@ -149,6 +149,7 @@ def figures_in(rank: int, output: Path) -> dict[str, float]:
         # The first bin is filled in one process alone, and the processes hold different counts.
         shares = torch.tensor([0.1, 0.9, 0.9] if rank else [0.9])
         bins.add(torch.arange(1.0, len(shares) + 1), shares)
+        bins.settle(torch.ones(()))
         found.update(bins.read())
         found.update(ranks.largest({"a": 3.0 - rank, "b": rank + 2**-40}, torch.device("cpu")))
         return given.output

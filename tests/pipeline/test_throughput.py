@@ -231,3 +231,18 @@ def test_memory__tells_the_peak_and_what_other_processes_hold() -> None:
         child.kill()
         child.join()
     assert memory.of_children().get("loader_gib", 0.0) == before_child
+
+
+def test_memory__does_without_what_the_system_does_not_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    child = context.Process(target=time.sleep, args=(60,))
+    child.start()
+    monkeypatch.setattr(Path, "read_text", lambda path: "Name:\tpython\nThreads:\t1\n")
+    try:
+        assert memory.peaks(CPU)["host_gib"] > 0.01
+        assert memory.of_children() == {}
+    finally:
+        child.kill()
+        child.join()

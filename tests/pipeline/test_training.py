@@ -1,4 +1,5 @@
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from semmae.pipeline.feeding import Batch
 from semmae.pipeline.options import TrainingOptions
 from semmae.pipeline.runs import Run
+from semmae.pipeline.schedule import Draw
 from semmae.pipeline.tasks import decay_groups
 from semmae.pipeline.training import fit
 from semmae.storage.checkpoints import checkpoints, load_checkpoint
@@ -206,3 +208,20 @@ def test_fit__keeps_every_so_manieth_checkpoint(
         fit(task, options(tmp_path, **changes))
     fit(TinyTask(), options(tmp_path, **changes))
     assert [step for step, _ in checkpoints(tmp_path)] == kept
+
+
+def test_fit__keeps_no_batch_that_it_has_computed(tmp_path: Path) -> None:
+    """Each part from a worker is an open file for every array, of which there are not many."""
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    class Watched(TinyData):
+        def __getitems__(self, draws: list[Draw]) -> Batch:
+            alive.append(sum(array() is not None for array in made))
+            batch = super().__getitems__(draws)
+            made.append(weakref.ref(batch["x"]))
+            return batch
+
+    fit(TinyTask(Watched()), options(tmp_path, micro_batch=1, log_steps=100))
+    assert len(alive) == STEPS * BATCH
+    assert max(alive) <= 1  # the one before

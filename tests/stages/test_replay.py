@@ -174,3 +174,31 @@ def test_pretrain__goes_on_past_a_step_that_is_not_finite(
     assert state["guard"]["skipped"] == 1
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+def test_pretrain__takes_no_skipped_step_into_the_losses_by_alpha(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its losses are huge, but finite: the gradients alone are not."""
+    real, calls = Pretraining.loss, []
+
+    def poisoned(task: Pretraining, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        calls.append(1)
+        if len(calls) != 3:  # the second step's first part
+            return real(task, batch)
+        with monkeypatch.context() as patched:
+            losses = task._patch_losses
+            patched.setattr(
+                task, "_patch_losses", lambda *given: (losses(*given)[0] * 1e20, losses(*given)[1])
+            )
+            value, scalars = real(task, batch)
+        return value + (task.model.get_parameter("decoder_pred.bias") * 0).sqrt().sum(), scalars
+
+    monkeypatch.setattr(Pretraining, "loss", poisoned)
+    options = partial(pretrain_options, world, tmp_path, masking="semantic", parts=world.store)
+    pretrain(options(epochs=2, micro_batch=8, log_steps=100))
+    lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert lines[-1]["skipped"] == 1
+    by = [value for line in lines for name, value in line.items() if "loss_by_" in name]
+    assert len(by) > 4
+    assert max(by) < 1e6
