@@ -19,6 +19,14 @@ _GRACE = 2.0
 """Seconds over the bound after which the kernel ends the process, should nothing else have."""
 
 
+def heed_end_signal() -> None:
+    """Let `END_SIGNAL` end this process, which may have been started with it ignored.
+
+    For the main thread of a process that nobody but us works in.
+    """
+    signal.signal(END_SIGNAL, signal.SIG_DFL)
+
+
 class LoadClock:
     """Sums what threads spend on reading and on decoding, by the clock on the wall.
 

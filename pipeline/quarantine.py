@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
 from ..errors import UserError
+from .load_clock import heed_end_signal
 
 _DEATHS = 2
 """Deaths alone that make an image fatal: a process may be killed for no fault of its image."""
@@ -67,6 +68,7 @@ def _ends_at(load: Callable[[int], object], indices: Sequence[int]) -> tuple[int
 
 
 def _load_all(load: Callable[[int], object], indices: Sequence[int], telling: Connection) -> None:
+    heed_end_signal()
     for index in indices:
         telling.send(index)
         # Only death counts; an exception is found again, and told, where the image is used.

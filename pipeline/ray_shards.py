@@ -17,7 +17,7 @@ MOST_DEATHS = 8
 """Deaths an actor, in the mean, without one shard done between them."""
 
 MOST_FAULTS = 3
-"""Times in a row that the GPU of an actor fails, until no other process is started there."""
+"""Times in a row that the GPU of an actor fails, until it is left out, and keeps that GPU."""
 
 NODES_SECONDS = 60.0
 """Seconds without an answer after which it is looked whether any actor is alive."""
@@ -47,7 +47,7 @@ class _Given:
     started it anew; so a node that is lost holds nothing up.
 
     Args:
-        actors: All of them; those that are left out are taken from it.
+        actors: All of them.
         shards: What is to be done.
         ask: Gives an actor a shard, or None to wait until all of its own are written.
     """
@@ -58,8 +58,9 @@ class _Given:
         shards: Sequence[int],
         ask: Callable[[Any, int | None], Any],
     ) -> None:
-        self._actors, self._ask = actors, ask
-        self._waiting, self._left, self._deaths = deque(map(int, shards)), len(shards), 0
+        self._actors, self._ask = list(actors), ask
+        self._waiting, self._deaths = deque(map(int, shards)), 0
+        self._open = set(self._waiting)
         self._free: list[_Actor] = []
         self._asked = {actor.handle.ready.remote(): actor for actor in actors}
 
@@ -71,7 +72,7 @@ class _Given:
         """
         import ray
 
-        while self._left:
+        while self._open:
             answers, _ = ray.wait(list(self._asked), num_returns=1, timeout=NODES_SECONDS)
             if not answers:
                 if not any(actor.held for actor in self._asked.values()):
@@ -90,9 +91,13 @@ class _Given:
                 actor.held = [s for s in actor.held if s not in dict(written)]
                 self._free.append(actor)
             self._give()
-            for _, record in written:
-                self._left, self._deaths, actor.faults = self._left - 1, 0, 0
-                yield record
+            for shard, record in written:
+                # An actor that could not be reached for a while lives, and tells what it did; its
+                # shards were given to others, who tell of them too.
+                if shard in self._open:
+                    self._open.remove(shard)
+                    self._deaths = actor.faults = 0
+                    yield record
 
     def _give(self) -> None:
         """Give free actors shards, or wait for what they are writing if there are none."""
@@ -106,8 +111,6 @@ class _Given:
 
     def _take_back(self, actor: _Actor, error: Exception) -> None:
         """Give the shards of an actor that died to others, and have it started anew."""
-        import ray
-
         if not actor.held:  # it cannot be started again
             raise error
         self._deaths += 1
@@ -126,8 +129,9 @@ class _Given:
         if actor.faults < MOST_FAULTS:
             self._asked[actor.handle.ready.remote()] = actor
             return
+        # Its process stays, idle: were its GPU given back, the next worker that is started anew
+        # would be placed there, and fail in its turn.
         self._actors.remove(actor)
-        ray.kill(actor.handle)
         if not self._actors:
             raise UserError(f"no worker is left whose GPU works: {error}") from error
         print(

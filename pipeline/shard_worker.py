@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from .. import errors
 from ..errors import UserError
+from .load_clock import heed_end_signal
 from .watching import Tell
 
 Record = Mapping[str, Any]
@@ -95,6 +96,9 @@ class ShardActor:
 
     _worker: OneBehind | None = None
     _lost = False
+
+    def __init__(self) -> None:
+        heed_end_signal()
 
     def ready(self) -> None:
         """Returns as soon as the process is up, which ends for another one if it is lost."""

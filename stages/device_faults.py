@@ -11,8 +11,21 @@ from ..pipeline.shard_worker import WorkerLostError
 _FULL = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
 """What libraries say whose allocations are not torch's own."""
 
-_FAILED = ("CUDA error", "CUDA driver error", "HIP error", "cuDNN error", "CUBLAS_STATUS_")
-"""What torch says of a GPU that failed, where it has no class of its own for it."""
+_FAILED = (
+    "CUDA error",
+    "CUDA driver error",
+    "HIP error",
+    "cuDNN error",
+    "CUBLAS_STATUS_",
+    "No CUDA GPUs are available",
+    "CUDA unknown error",
+    "cudaGetDeviceCount()",
+    "CUDA driver initialization failed",
+)
+"""What torch says of a GPU that failed, or does not start, where it has no class of its own."""
+
+_CLASSES = (torch.AcceleratorError, torch.cuda.DeferredCudaCallError)
+"""Its classes of a GPU that failed; the second one is met where it starts."""
 
 
 @contextlib.contextmanager
@@ -29,11 +42,11 @@ def device_faults(device: torch.device, way_out: str) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         told = str(error)
         if isinstance(error, torch.OutOfMemoryError) or any(word in told for word in _FULL):
             raise UserError(f"the memory of {device} ran out: {way_out}") from error
-        if isinstance(error, torch.AcceleratorError) or any(word in told for word in _FAILED):
+        if isinstance(error, _CLASSES) or any(word in told for word in _FAILED):
             # The lines below the first are advice to programmers.
             first = (told.strip() or type(error).__name__).splitlines()[0]
             raise WorkerLostError(

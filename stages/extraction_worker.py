@@ -21,13 +21,13 @@ from ..pipeline.image_loading import LoadedImage, load_image
 from ..pipeline.load_clock import LoadClock
 from ..pipeline.options import choose_device
 from ..pipeline.plan import plan_of_rows
-from ..pipeline.shard_worker import Record
+from ..pipeline.shard_worker import Record, WorkerLostError
 from ..pipeline.sources import ImageReader
 from ..pipeline.watching import Tell
 from ..storage.image_cache import write_image_cache
 from ..storage.part_records import plan_table, read_set_up
 from ..storage.part_store import PartStore
-from ..storage.part_tries import begin_try
+from ..storage.part_tries import begin_try, take_back_try
 from .device_faults import device_faults
 from .networks import TrainedLearner, open_learner
 from .previous_store import PreviousRows
@@ -64,10 +64,14 @@ class ExtractionWorker:
     A shard whose worker died `TRIES` times holds an image that kills, or had bad luck: its images
     are then loaded one by one in a process that may die, and those that kill it become bad rows.
     A shard that was begun before is begun again only when nothing is being written, so that it
-    costs no other shard a try.
+    costs no other shard a try.  Where the GPU failed the shard is not suspected: its try is taken
+    back.
 
     Args:
         settings: The settings.
+
+    Raises:
+        WorkerLostError: The GPU is gone, or fails when it starts.
     """
 
     load = staticmethod(load_image)
@@ -75,6 +79,11 @@ class ExtractionWorker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
+        if settings.device == "cuda" and not torch.cuda.device_count():
+            # The caller has seen GPUs: this is no setting that is wrong.
+            raise WorkerLostError(
+                "the GPU of a worker is gone (CUDA finds none): see to the GPU and its driver"
+            )
         self._device = choose_device(settings.device)
         if self._device.type == "cpu":
             torch.set_num_threads(1)
@@ -115,8 +124,12 @@ class ExtractionWorker:
             f"start a new store with a smaller --batch-size than {self.identity.batch_size}, or "
             "fewer workers a GPU"
         )
-        with device_faults(self._device, way_out):
-            return self._writer.written(shard) or self._extract(shard, tell)
+        try:
+            with device_faults(self._device, way_out):
+                return self._writer.written(shard) or self._extract(shard, tell)
+        except WorkerLostError:
+            take_back_try(self._settings.output, shard, self._settings.run)
+            raise
 
     def _extract(self, shard: int, tell: Tell) -> Future[Record]:
         began = time.perf_counter()

@@ -23,7 +23,7 @@ ACTIVITIES = (*OWN, *THREADS)
 """Names of all that takes time."""
 
 RATE_SECONDS = 60.0
-"""What is shown of a worker's rate is that of so long."""
+"""What is shown of a worker's rate is that of so long; one that did nothing has none any more."""
 
 _APART = 1.0
 """Seconds between two counts of a worker's images."""
@@ -93,16 +93,21 @@ class Pace:
         for worker, counts in self._counts.items():
             if not counts or now - counts[-1][0] >= _APART:
                 counts.append((now, self._images.get(worker, 0) + images[worker]))
-            while now - counts[0][0] > RATE_SECONDS:
+            while len(counts) > 1 and now - counts[1][0] >= RATE_SECONDS:
                 counts.popleft()
 
     def _rates(self) -> dict[str, float]:
-        """Images a second of each worker that is doing any, lately."""
-        return {
-            worker: max(counts[-1][1] - counts[0][1], 0) / (counts[-1][0] - counts[0][0])
-            for worker, counts in self._counts.items()
-            if len(counts) > 1
-        }
+        """Images a second of each worker that is doing any, lately.
+
+        A worker that did none for `RATE_SECONDS` is as good as dead, and its shard may wait long
+        for another, so it would be shown as the slowest all that time.
+        """
+        rates = {}
+        for worker, counts in self._counts.items():
+            (since, first), (now, last) = counts[0], counts[-1]
+            if now > since and (last != first or now - since < RATE_SECONDS):
+                rates[worker] = max(last - first, 0) / (now - since)
+        return rates
 
     def _show(self) -> None:
         figures: dict[str, float | str] = {"bad": self._bad}

@@ -65,7 +65,10 @@ class ShardImages:
 
     def _load(self, place: int) -> LoadedImage:
         if place in self.fatal:
-            data = self.reader.read(place)
+            try:
+                data = self.reader.read(place)
+            except BadImage as unreadable:
+                return LoadedImage(None, None, None, 0, unreadable)
             bad = BadImage("fatal", f"decoding it kills the process ({self.fatal[place]})")
             if self.fatal[place] == END_SIGNAL.name:
                 bad = BadImage("hanging", "decoding it does not end")

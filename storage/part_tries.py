@@ -36,6 +36,20 @@ def begin_try(path: StorePath, shard: int, run: str) -> Tries:
     return Tries(len(earlier), earlier.count(run))
 
 
+def take_back_try(path: StorePath, shard: int, run: str) -> None:
+    """Forget one try of a shard in a run, which ended for no fault of the shard.
+
+    Args:
+        path: Folder of the store.
+        shard: Number of the shard.
+        run: Name of the run, as `begin_try` was given it.
+    """
+    for place in _tries(path, shard):
+        if place.name.split(".")[1] == run:
+            place.unlink(missing_ok=True)
+            return
+
+
 def forget_tries(path: StorePath, shard: int) -> None:
     """Forget the tries of a shard, which is committed now."""
     for place in _tries(path, shard):

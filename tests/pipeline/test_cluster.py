@@ -1,5 +1,7 @@
 """Workers without Ray, on a Ray of this machine, and on a cluster that is there already."""
 
+import contextlib
+import json
 import os
 import signal
 import socket
@@ -19,7 +21,7 @@ from semmae.errors import MissingError, SettingError, UserError
 from semmae.pipeline import ray_cluster, ray_shards, watching
 from semmae.pipeline.cluster import open_workers
 from semmae.pipeline.placement import Placement
-from semmae.pipeline.shard_worker import Record, WorkerLostError
+from semmae.pipeline.shard_worker import OneBehind, Record, WorkerLostError
 from semmae.pipeline.watching import HERE, Tell, Told
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -312,6 +314,101 @@ def test_map__an_actor_whose_gpu_keeps_failing_is_left_out(
     records, _ = run(Placement(workers=2, address=joined), lambda: GpuFails(tmp_path, 1), range(5))
     assert sorted(record["shard"] for record in records) == list(range(5))
     assert "its GPU failed 1 times in a row: it is left out, 1 workers" in capfd.readouterr().err
+
+
+class BreaksGpu(Fake):
+    """The GPU that is used first is broken; the worker of another one is killed once after that."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __call__(self, shard: int, tell: Tell) -> dict[str, Any]:
+        broken, gpu = self._folder / "broken", str(ray.get_gpu_ids()[0])
+        with contextlib.suppress(FileExistsError), broken.open("x") as file:
+            file.write(gpu)
+        if gpu == broken.read_text():
+            raise WorkerLostError("cuda:0 failed (CUDA error: uncorrectable ECC error)")
+        mark = self._folder / "killed"
+        if shard == 4 and not mark.exists():
+            mark.touch()
+            time.sleep(1)  # what Ray is given back by then, it gives to the next
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(shard, tell)
+
+
+def test_map__a_broken_gpu_is_given_to_no_other_worker(
+    joined: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_shards, "MOST_FAULTS", 1)
+    records, _ = run(Placement(workers=2, address=joined), lambda: BreaksGpu(tmp_path), range(5))
+    assert sorted(record["shard"] for record in records) == list(range(5))
+    assert (tmp_path / "killed").exists()
+    # In the end it is Ray's again.
+    everything = ray.util.placement_group([{"GPU": 4}])
+    assert everything.wait(20)
+    ray.util.remove_placement_group(everything)
+
+
+def gpu_is_gone() -> Fake:
+    raise WorkerLostError("there is no GPU any more")
+
+
+def test_map__actors_that_cannot_be_built_for_want_of_a_gpu_are_left_out(
+    joined: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_shards, "MOST_FAULTS", 2)
+    told = "no worker is left whose GPU works: on .*: there is no GPU any more$"
+    with pytest.raises(UserError, match=told):
+        run(Placement(workers=1, address=joined), gpu_is_gone, range(3))
+    assert "there is no GPU any more; a worker died at shard 0, to be" in capfd.readouterr().err
+
+
+class Loses:
+    """Stands for an actor that works, with answers of which one does not arrive."""
+
+    def __init__(self, lost: int) -> None:
+        self._behind, self._before, self._lost = OneBehind(self._write), Future[Record](), lost
+        self.worked: list[int] = []
+        self.ready = SimpleNamespace(remote=lambda: lambda: None)
+
+    def _write(self, shard: int, tell: Tell) -> Future[Record]:
+        """Each shard is written when the next one was made, or is waited for."""
+        self._end()
+        self.worked.append(shard)
+        self._before, self._shard = Future(), shard
+        return self._before
+
+    def _end(self) -> None:
+        if self.worked and not self._before.done():
+            self._before.set_result({"shard": self._shard})
+
+    def ask(self, shard: int | None) -> Callable[[], str]:
+        if shard is None:
+            self._end()
+            written = self._behind.finish()
+        else:
+            written = self._behind.do(shard, lambda images: None)
+        self._lost -= 1
+
+        def answer(lost: bool = self._lost == 0) -> str:
+            if lost:
+                raise ray.exceptions.ActorUnavailableError("the network", b"0" * 16)
+            return json.dumps(written)
+
+        return answer
+
+
+@pytest.mark.parametrize("lost", range(1, 8))
+def test_map__an_actor_out_of_reach_for_a_while_may_tell_of_shards_twice(
+    lost: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray, "wait", lambda asked, **_: (asked[:1], asked[1:]))
+    monkeypatch.setattr(ray, "get", lambda answer: answer())
+    actor = Loses(lost)
+    given = ray_shards._Given([ray_shards._Actor(actor)], range(5), Loses.ask)
+    assert sorted(record["shard"] for record in given.records(None)) == list(range(5))
+    assert (len(actor.worked) > 5) == (lost < 7)
 
 
 def test_map__tells_how_far_shards_are(joined: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,18 @@
+import functools
 import pickle
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from semmae.pipeline.decoding import BadImage
 from semmae.pipeline.load_clock import LoadClock
+from semmae.pipeline.quarantine import fatal_images
+from semmae.pipeline.shard_worker import ShardActor
 
 
 def test_load_clock__tells_reading_from_decoding_over_all_threads() -> None:
@@ -74,6 +78,34 @@ with clock.decoding(str): time.sleep(0.1)
 with clock.decoding(str): ctypes.PyDLL(None).sleep(60)
 """
     assert end_of(block)[0] == -signal.SIGALRM
+
+
+@pytest.fixture
+def ignored() -> Iterator[None]:
+    """SIGALRM is ignored here, and so by the processes that are started here."""
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGALRM, before)
+
+
+def hangs_at_1(clock: LoadClock, index: int) -> None:
+    with clock.decoding(lambda: str(index)):
+        time.sleep(60 * (index == 1))
+
+
+@pytest.mark.usefixtures("ignored")
+def test_fatal_images__that_hang_are_told_by_the_signal_though_it_was_ignored(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    load = functools.partial(hangs_at_1, LoadClock(0.3))
+    assert fatal_images(load, range(3)) == {1: "SIGALRM"}
+    assert "decoding 1 does not end" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("ignored")
+def test_shard_actor__heeds_the_signal_though_it_was_ignored() -> None:
+    ShardActor()
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 def test_reading__may_take_any_time_and_so_may_many_decodings() -> None:

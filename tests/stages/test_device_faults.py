@@ -12,6 +12,7 @@ from semmae.pipeline.shard_worker import ShardActor, WorkerLostError, written_sh
 from semmae.stages.device_faults import device_faults
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.extraction_worker import ExtractionWorker
+from semmae.stages.worker_settings import WorkerSettings
 from semmae.tests.world import World, lasting_bytes
 
 ASSERT = "CUDA error: device-side assert triggered\nCompile with `TORCH_USE_CUDA_DSA` to enable\n"
@@ -33,6 +34,22 @@ def met(error: Exception) -> None:
             "CUDA error: uncorrectable ECC error encountered",
         ),
         (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "cuDNN error: CUDNN_STATUS"),
+        (RuntimeError("No CUDA GPUs are available"), "No CUDA GPUs are available"),
+        (RuntimeError("CUDA unknown error - this may be due to"), "CUDA unknown error - this may"),
+        (
+            RuntimeError("Unexpected error from cudaGetDeviceCount(). Did you run"),
+            "Unexpected error from cudaGetDeviceCount()",
+        ),
+        (
+            RuntimeError("CUDA driver initialization failed, you might not have a CUDA gpu."),
+            "CUDA driver initialization failed",
+        ),
+        (
+            torch.cuda.DeferredCudaCallError(
+                "CUDA call failed lazily at initialization with\n\nat"
+            ),
+            "CUDA call failed lazily",
+        ),
     ],
 )
 def test_device_faults__a_gpu_that_failed_loses_its_worker(error: Exception, words: str) -> None:
@@ -84,8 +101,27 @@ def test_extract_parts__a_gpu_that_failed_is_one_sentence_and_the_next_run_goes_
         extract_parts(options, Fails)
     # What was being written by then is written.
     assert (tmp_path / "store/commits/00000.json").exists()
+    # The shard is not to blame.
+    assert not list((tmp_path / "store/runs/tries").iterdir())
     extract_parts(options)
     assert lasting_bytes(tmp_path / "store") == lasting_bytes(world.store)
+
+
+def test_extraction_worker__whose_gpu_is_gone_is_lost_and_not_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    settings = WorkerSettings(
+        output=world.store,
+        root=world.data,
+        learner=world.learner,
+        run="a",
+        device="cuda",
+        decode_threads=1,
+        decode_timeout=0,
+    )
+    with pytest.raises(WorkerLostError, match=r"^the GPU of a worker is gone \(CUDA finds none\)"):
+        ExtractionWorker(settings)
 
 
 def test_shard_actor__tells_that_it_is_lost_and_ends_when_asked_whether_it_is_ready(

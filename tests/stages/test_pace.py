@@ -90,7 +90,8 @@ def test_pace__a_worker_that_slows_down_is_seen(
         pace = Pace(progress, 0, range(9))
         for step in range(200):
             clock.now += 1
-            pace.watch({0: Told(10 * step, "a:1"), 1: Told(10 * min(step, 100), "b:2")})
+            slowed = 10 * min(step, 100) + max(step - 100, 0)
+            pace.watch({0: Told(10 * step, "a:1"), 1: Told(slowed, "b:2")})
             if step == 20:
                 capsys.readouterr()
             if step == 99:
@@ -98,7 +99,27 @@ def test_pace__a_worker_that_slows_down_is_seen(
         late = capsys.readouterr().err.splitlines()[-1]
     assert RATE_SECONDS < 100
     assert "each 10 to 10/s" in early
-    assert "each 0 to 10/s; slowest b:2" in late
+    assert "each 1 to 10/s; slowest b:2" in late
+
+
+def test_pace__a_worker_that_does_nothing_any_more_is_not_shown_for_ever(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = {}
+    with Progress("testing", 10_000, "image") as progress:
+        pace = Pace(progress, 0, range(9))
+        for step in range(0, 400, 2):
+            clock.now += 2
+            told = {0: Told(10 * step, "a:1"), 1: Told(5 * step, "b:2")}
+            # Dead from 100 on; the next one tells of its shard at 300.
+            told[2] = Told(8 * min(step, 100), "c:3") if step < 300 else Told(step, "d:4")
+            pace.watch(told)
+            lines[step] = "".join(capsys.readouterr().err.splitlines()[-1:])
+    assert "each 5 to 10/s; slowest b:2" in lines[98]
+    assert any("slowest c:3" in line for line in lines.values())  # it may yet be alive
+    shown = [line for step, line in lines.items() if step > 100 + RATE_SECONDS and line]
+    assert len(shown) > 20
+    assert all("each 5 to 10/s; slowest b:2" in line for line in shown if "d:4" not in line)
 
 
 def test_pace__a_rate_goes_on_from_shard_to_shard(
