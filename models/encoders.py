@@ -5,8 +5,9 @@ Legend of shapes: B images, L patches, D width, A attention heads, p patch size.
 
 import copy
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import timm
@@ -19,6 +20,9 @@ from ..errors import MissingError, SettingError, UserError
 from .foreign import transformer_of
 from .readings import DEFAULT_READING, Reading, class_attention, facet_of, outputs_kept
 from .vision import IMAGENET_MEAN, IMAGENET_STD, normalise, sincos_positions
+
+AT_ONCE = 128
+"""Images whose tokens are looked at together where there are many, as when parts begin."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class Tokens:
     def each(self, change: Callable[[Tensor], Tensor]) -> "Tokens":
         """One change to all three, such as a move or a choice of images."""
         return Tokens(change(self.class_token), change(self.patches), change(self.attention))
+
+    def split(self, size: int) -> Iterator["Tokens"]:
+        """Of ``size`` images each, in order; the last may have fewer."""
+        for start in range(0, len(self.patches), size):
+            yield self.each(itemgetter(slice(start, start + size)))
 
     @classmethod
     def joined(cls, batches: Sequence["Tokens"]) -> "Tokens":

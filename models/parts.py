@@ -6,8 +6,8 @@ that the image, or the features of its patches, can be rebuilt from them, under 
 constraint.
 
 Features of a patch are its token, or (ours, the default of ``anchored``) what `models.predictors`
-reads from the tokens around: the places where content such as its own lies on objects or, in a
-second round, the parts that were found by these.  The blur goes over
+reads from the tokens around: the places where content such as its own lies on objects or, in later
+rounds, the parts that the round before found.  The blur goes over
 patches that are alike; where there is an object mask it is part of that, of the features and of the
 maps, and stays on each patch's side of the mask: alone, a patch says too little of its place.
 
@@ -84,8 +84,8 @@ class PartArchitecture:
         places: Places of the grid whose mean token is taken off each token there; 0 takes off one
             mean for all places.
         grid_places: L of learners of one grid, ``grid`` and those with a predictor; else 0.
-        predictor: What patches are asked for: nothing, their places on objects, or in the second
-            round their parts.
+        predictor: What patches are asked for: nothing, their places on objects, or in later rounds
+            their parts.
         place_cells: Cells a side of the places.
         told_by: Whether parts are told by what is predicted, or by the tokens themselves.
     """

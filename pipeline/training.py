@@ -31,7 +31,7 @@ from .feeding import Batch, batches_of
 from .gradients import Gradients, norms_of
 from .guard import Guard, refuse_broken
 from .options import TrainingOptions, choose_device
-from .parallel import Parallel, whole_tensor
+from .parallel import Parallel
 from .progress import Progress
 from .resuming import (
     load_state,
@@ -282,10 +282,10 @@ class _Training:
         self._throughput.begin(run.step)
         return {**figures, **speed}
 
+    @torch.no_grad()
     def _weight_norm(self) -> float:
         """Of all weights that train, as one vector."""
-        trained = [p.detach() for group in self._optimizer.param_groups for p in group["params"]]
-        return float(whole_tensor(nn.utils.get_total_norm(trained)))
+        return float(torch.linalg.vector_norm(norms_of(self._trained)))
 
     def _end_epoch(self, epoch: int, rate: float) -> None:
         run = self._run

@@ -13,21 +13,20 @@ import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.encoders import FrozenEncoder, Tokens
+from ..models.encoders import AT_ONCE, FrozenEncoder, Tokens
 from ..models.parts import PartLearner
 from ..models.predictors import PartPredictor
 from ..pipeline.image_source import ImageSource, batches_in_order, drawn
 from ..pipeline.progress import Progress
 from .part_start import started_learner
 from .predictor_learning import Lesson, learned, measure, statistics
-from .second_views import SecondView, look_again
+from .second_views import SecondView, kept_tokens, kept_view, look_again
 
 if TYPE_CHECKING:
     from .learn_parts import LearnPartsOptions
@@ -39,9 +38,6 @@ LOOK_ROUNDS = 1
 """Rounds of looks (`models.looks`) at most: what they told before, the predictor has learned, and
 more of them go by the accidents of the image."""
 
-_AT_ONCE = 128
-"""Images that a learner looks at together."""
-
 
 @dataclass(frozen=True)
 class Looks:
@@ -51,11 +47,13 @@ class Looks:
         wholes: Patch tokens in float16, on the CPU, without attention.
         crops: `CROPS` views of each, likewise.
         grid: (h, w) of all of them.
+        statistics: Of the whole images' tokens, as of `predictor_learning.statistics`.
     """
 
     wholes: Tokens
     crops: tuple[SecondView, ...]
     grid: tuple[int, int]
+    statistics: tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -81,22 +79,14 @@ def sample_looks(
         torch.default_generator.manual_seed(seed)
         for _, read in batches_in_order(images, size, 64, "squash", chosen):
             pixels = torch.from_numpy(read).to(encoder.mean.device)
-            wholes.append(_kept(encoder(pixels)))
+            wholes.append(kept_tokens(encoder(pixels)))
             for made in crops:
-                view = look_again(encoder, pixels)
-                made.append(SecondView(_kept(view.tokens), view.frame.cpu()))
+                made.append(kept_view(look_again(encoder, pixels)))
             progress.update(len(read))
-    views = tuple(
-        SecondView(Tokens.joined([v.tokens for v in made]), torch.cat([v.frame for v in made]))
-        for made in crops
-    )
+    whole = Tokens.joined(wholes)
     grid = (size[0] // encoder.patch_size, size[1] // encoder.patch_size)
-    return Looks(Tokens.joined(wholes), views, grid)
-
-
-def _kept(tokens: Tokens) -> Tokens:
-    unread = tokens.attention.new_zeros(len(tokens.patches), 1, 1)
-    return Tokens(tokens.class_token.float().cpu(), tokens.patches.half().cpu(), unread.cpu())
+    known = statistics(whole.patches, torch.arange(len(whole.patches)))
+    return Looks(whole, tuple(map(SecondView.joined, crops)), grid, known)
 
 
 @torch.no_grad()
@@ -114,22 +104,23 @@ def lessons_of(learner: PartLearner, looks: Looks, device: torch.device) -> list
     learner.to(device)
     wholes, grid = looks.wholes, looks.grid
     found: list[list[Tensor]] = [[] for _ in range(1 + len(looks.crops))]
-    for start in range(0, len(wholes.patches), _AT_ONCE):
-        rows = slice(start, start + _AT_ONCE)
-        some = wholes.each(itemgetter(rows)).each(lambda part: part.to(device))
-        maps = learner.maps(learner.patches(some, grid), grid)
+    frames = zip(*(torch.split(view.frame, AT_ONCE) for view in looks.crops), strict=True)
+    for some, there in zip(wholes.split(AT_ONCE), frames, strict=True):
+        moved = some.each(lambda part: part.to(device))
+        maps = learner.maps(learner.patches(moved, grid), grid)
         if learner.architecture.background != "none":
             maps = maps.roll(-1, dims=1)
         found[-1].append(_argmax(maps))
-        for made, view in zip(found, looks.crops, strict=False):
-            frame = view.frame[rows].to(device)
-            places = F.affine_grid(frame, [len(frame), 1, *grid], align_corners=False)
-            there = F.grid_sample(maps, places, padding_mode="border", align_corners=False)
-            made.append(_argmax(there))
-    # As when a crop is asked for its parts, it is told of its places what holds of whole images.
-    known = statistics(wholes.patches, torch.arange(len(wholes.patches)))
+        for made, frame in zip(found, there, strict=False):
+            size = [len(frame), 1, *grid]
+            places = F.affine_grid(frame.to(device), size, align_corners=False)
+            seen = F.grid_sample(maps, places, padding_mode="border", align_corners=False)
+            made.append(_argmax(seen))
     tokens = [*(view.tokens.patches for view in looks.crops), wholes.patches]
-    return [Lesson(t, torch.cat(f), grid, known) for t, f in zip(tokens, found, strict=True)]
+    # As when a crop is asked for its parts, it is told of its places what holds of whole images.
+    return [
+        Lesson(t, torch.cat(f), grid, looks.statistics) for t, f in zip(tokens, found, strict=True)
+    ]
 
 
 def _argmax(maps: Tensor) -> Tensor:
@@ -167,7 +158,7 @@ def learn_parts_again(
     model, examined = learned(begun, lessons, steps, seed, device, "learning parts of crops")
     agreement = (examined.scores.argmax(dim=1) == examined.targets).double().mean()
     print(f"crops tell the parts of whole images in {agreement:.0%} of patches", file=sys.stderr)
-    measure(model, wholes.tokens, wholes.grid)
+    measure(model, wholes.tokens, wholes.grid, wholes.statistics)
     return model
 
 

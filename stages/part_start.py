@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,7 +11,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from ..errors import SettingError
-from ..models.encoders import FrozenEncoder, Tokens
+from ..models.encoders import AT_ONCE, FrozenEncoder, Tokens
 from ..models.part_scores import AnchoredTokens, GridCells, SetCentres
 from ..models.parts import PartLearner
 from ..models.places import PlacePredictor
@@ -34,9 +33,6 @@ found something else, and parts are learned without it."""
 
 POSITION_SHARE = 0.5
 """Share of the tokens' variance that place may explain before parts would be places."""
-
-_AT_ONCE = 128
-"""Images that a learner looks at together."""
 
 
 @torch.no_grad()
@@ -175,8 +171,7 @@ def object_features(
         float32 (M, F), and 0 to 1.
     """
     found, places = [], tokens.patches.shape[0] * tokens.patches.shape[1]
-    for start in range(0, len(tokens.patches), _AT_ONCE):
-        some = tokens.each(itemgetter(slice(start, start + _AT_ONCE)))
+    for some in tokens.split(AT_ONCE):
         patches = learner.patches(some, grid)
         found.append(patches.features[patches.objects > 0])
     points = torch.cat(found)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.encoders import FrozenEncoder, Tokens
+from ..models.encoders import AT_ONCE, FrozenEncoder, Tokens
 from ..models.part_losses import diversity, rebuilt_features
 from ..models.parts import PartLearner, part_labels, patch_colours
 from ..models.predictors import Told
@@ -29,9 +29,6 @@ from .second_views import SecondView, disagreement, look_again
 
 if TYPE_CHECKING:
     from .learn_parts import LearnPartsOptions
-
-_AT_ONCE = 128
-"""Images whose patches are asked what they are together."""
 
 
 class CachedTokens:
@@ -216,7 +213,7 @@ def _kept(
     kept = {f"{view}class_token": tokens.class_token, f"{view}patches": tokens.patches.half()}
     if learner.predictor is not None:
         device = learner.token_mean.device
-        batches = torch.split(tokens.patches, _AT_ONCE)
+        batches = torch.split(tokens.patches, AT_ONCE)
         told = Told.joined([learner.predictor.told(some.to(device), grid) for some in batches])
         kept[f"{view}shares"] = told.shares.half().cpu()
         kept[f"{view}background"] = told.background.half().cpu()

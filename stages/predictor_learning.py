@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..models.encoders import AT_ONCE
 from ..models.predictors import PatchPredictor
 from ..pipeline.progress import Progress
 
@@ -20,9 +21,6 @@ LEARNING_RATE, WEIGHT_DECAY, DROPOUT = 2e-3, 0.05, 0.2
 
 HELD_OUT = 0.1
 """Share of the images whose views are not learned from, to judge what was learned."""
-
-_AT_ONCE = 128
-"""Images or views that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class _Task:
 
     @torch.no_grad()
     def examined(self, model: PatchPredictor, device: torch.device) -> Examined:
-        made = [self.scores(model, rows, device) for rows in torch.split(self.held, _AT_ONCE)]
+        made = [self.scores(model, rows, device) for rows in torch.split(self.held, AT_ONCE)]
         scores, targets = zip(*made, strict=True)
         return Examined(torch.cat(scores).cpu(), torch.cat(targets).cpu())
 
@@ -143,18 +141,24 @@ def learned(
 
 
 @torch.no_grad()
-def measure(model: PatchPredictor, tokens: Tensor, grid: tuple[int, int]) -> None:
+def measure(
+    model: PatchPredictor,
+    tokens: Tensor,
+    grid: tuple[int, int],
+    known: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Set a predictor's statistics: of whole images' tokens, then of the features of objects.
 
     Args:
         model: On the CPU.
-        tokens: float32 (B, L, D), on the CPU.
+        tokens: float (B, L, D), on the CPU.
         grid: (h, w), with h w = L.
+        known: `statistics` of all these tokens, where they were taken before.
     """
-    mean, std = statistics(tokens, torch.arange(len(tokens)))
+    mean, std = known or statistics(tokens, torch.arange(len(tokens)))
     model.token_mean.copy_(mean)
     model.token_std.copy_(std)
-    told = [model.told(some, grid) for some in torch.split(tokens, _AT_ONCE)]
+    told = [model.told(some, grid) for some in torch.split(tokens, AT_ONCE)]
     roots = torch.cat([some.shares for some in told]).flatten(0, 1).sqrt()
     weights = 1 - torch.cat([some.background for some in told]).flatten()[:, None]
     weights /= weights.sum() + 1e-6
@@ -172,7 +176,7 @@ def statistics(tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         tokens: float (M, L, D), on the CPU.
         rows: int64, those that are counted.
     """
-    batches = torch.split(rows, _AT_ONCE)
+    batches = torch.split(rows, AT_ONCE)
     total = torch.zeros(tokens.shape[1:], dtype=torch.float64)
     for some in batches:
         total += tokens[some].double().sum(dim=0)

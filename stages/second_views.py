@@ -6,6 +6,7 @@ nothing else in the losses keeps a part from depending on where it lies in the p
 Legend of shapes: B images, H W pixels, P channels of the part map, h w patches.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,12 @@ class SecondView:
 
     tokens: Tokens
     frame: Tensor
+
+    @classmethod
+    def joined(cls, batches: "Sequence[SecondView]") -> "SecondView":
+        """Batches as one."""
+        tokens = Tokens.joined([view.tokens for view in batches])
+        return cls(tokens, torch.cat([view.frame for view in batches]))
 
 
 @torch.no_grad()
@@ -95,15 +102,17 @@ def sample_views(
         torch.default_generator.manual_seed(seed)
         for _, pixels in batches_in_order(images, size, 64, "squash", chosen):
             view = look_again(encoder, torch.from_numpy(pixels).to(encoder.mean.device))
-            made.append(_kept(view))
+            made.append(kept_view(view))
             progress.update(len(pixels))
-    return SecondView(
-        Tokens.joined([view.tokens for view in made]), torch.cat([view.frame for view in made])
-    )
+    return SecondView.joined(made)
 
 
-def _kept(view: SecondView) -> SecondView:
-    tokens = view.tokens
+def kept_view(view: SecondView) -> SecondView:
+    """A view to be kept, as of `kept_tokens`."""
+    return SecondView(kept_tokens(view.tokens), view.frame.cpu())
+
+
+def kept_tokens(tokens: Tokens) -> Tokens:
+    """Tokens to be kept: on the CPU, patches in float16, without attention."""
     unread = tokens.attention.new_zeros(len(tokens.patches), 1, 1)  # learned variants read none
-    kept = Tokens(tokens.class_token.float().cpu(), tokens.patches.half().cpu(), unread.cpu())
-    return SecondView(kept, view.frame.cpu())
+    return Tokens(tokens.class_token.float().cpu(), tokens.patches.half().cpu(), unread.cpu())

@@ -7,14 +7,7 @@ import pytest
 
 from semmae.pipeline import progress as subject
 from semmae.pipeline.progress import PLAIN_SECONDS, Progress
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
+from semmae.tests.clock import Clock
 
 
 @pytest.fixture

@@ -13,18 +13,12 @@ from semmae.errors import SettingError
 from semmae.pipeline import memory, throughput
 from semmae.pipeline.throughput import Throughput, peak_of
 from semmae.pipeline.training import fit
+from semmae.tests.clock import Clock
 from semmae.tests.pipeline.tiny import BATCH, STEPS, TinyTask, Whole, lines_of, options, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-
-
-class Clock:
-    now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -7,14 +7,7 @@ from semmae.pipeline.progress import Progress
 from semmae.pipeline.watching import Told
 from semmae.stages import pace as subject
 from semmae.stages.pace import RATE_SECONDS, Pace, steady_seconds
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
+from semmae.tests.clock import Clock
 
 
 @pytest.fixture

@@ -4,35 +4,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from semmae.models.encoders import FrozenEncoder, Tokens
 from semmae.models.parts import PartArchitecture, PartLearner
 from semmae.models.predictors import PartPredictor
-from semmae.models.vision import scaled
 from semmae.pipeline.image_source import ImageSource
 from semmae.pipeline.sources import list_images
 from semmae.stages.part_rounds import Looks, learn_parts_again, lessons_of, sample_looks
+from semmae.tests.stages.colours import Colours
 
 GRID, CPU = (8, 8), torch.device("cpu")
-
-
-class Colours(nn.Module):
-    """An encoder whose tokens are the mean colours of patches of 8."""
-
-    patch_size = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mean, self.std = torch.zeros(3), torch.ones(3)
-
-    def forward(self, images: Tensor) -> Tokens:
-        return self.features(scaled(images))
-
-    def features(self, pixels: Tensor) -> Tokens:
-        patches = F.avg_pool2d(pixels, 8).flatten(2).transpose(1, 2)
-        return Tokens(patches.mean(dim=1), patches, patches.new_zeros(len(patches), 1, 1))
 
 
 class Halves(PartLearner):

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from semmae.errors import SettingError
 from semmae.models.encoders import FrozenEncoder, Tokens
@@ -22,26 +21,10 @@ from semmae.stages.learn_parts import learn_parts
 from semmae.stages.networks import open_learner
 from semmae.stages.place_learning import learn_places, sample_place_views
 from semmae.stages.predictor_learning import Lesson
+from semmae.tests.stages.colours import Colours
 from semmae.tests.world import World, learn_options
 
 CPU = torch.device("cpu")
-
-
-class Colours(nn.Module):
-    """An encoder whose tokens are the mean colours of patches of 8."""
-
-    patch_size = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mean, self.std = torch.zeros(3), torch.ones(3)
-
-    def forward(self, images: Tensor) -> Tokens:
-        return self.features(scaled(images))
-
-    def features(self, pixels: Tensor) -> Tokens:
-        patches = F.avg_pool2d(pixels, 8).flatten(2).transpose(1, 2)
-        return Tokens(patches.mean(dim=1), patches, patches.new_zeros(len(patches), 1, 1))
 
 
 def encoder() -> FrozenEncoder:
