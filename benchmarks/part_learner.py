@@ -34,7 +34,7 @@ from semmae.stages.evals.part_probe import probe_parts
 from semmae.stages.evals.part_views import EncodedViews, View, encoded_views, joined
 from semmae.stages.learn_parts import LearnPartsOptions
 from semmae.stages.networks import image_size_of, open_encoder
-from semmae.stages.part_rounds import later_rounds
+from semmae.stages.part_rounds import Looks, later_rounds, sample_looks
 from semmae.stages.part_start import position_share, started_learner, voting_learner
 from semmae.stages.part_training import CachedTokens, PartLearning
 from semmae.stages.place_learning import learn_places, sample_place_views
@@ -128,16 +128,20 @@ class Bench:
         return learn_places(views, tokens.patches, self.grid, steps, seed, device)[0]
 
     @cache  # noqa: B019
+    def looks(self, seed: int) -> Looks:
+        """Whole images and crops for later rounds, the same for all variants."""
+        return sample_looks(self.encoder, self.train_images, self.size, self.place_images, seed)
+
+    @cache  # noqa: B019
     def learned(self, variant: str, seed: int) -> PartLearner:
         """A learner after `STEPS` steps on the train tokens, or at once if nothing is learned."""
         options = self._options(seed, **VARIANTS[variant])
         tokens = self.train.tokens["whole"]
         places = self.places(seed) if options.learns_places else None
         learner = started_learner(tokens, self.grid, options, places)
-        if learner.architecture.told_by == "predictor":
-            learner = later_rounds(
-                self.encoder, learner, self.train_images, self.size, tokens, options
-            )
+        if options.rounds > 1 and learner.architecture.told_by == "predictor":
+            device = self.encoder.mean.device
+            learner = later_rounds(learner, self.looks(seed), tokens, options, device)
         if options.variant not in LEARNED:
             return learner.eval()
         whole = SquashedData(self.train_images, self.size)

@@ -66,10 +66,7 @@ class PatchPredictor(nn.Module):
     ) -> None:
         super().__init__()
         self.first = nn.Conv2d(width, HIDDEN, 1)
-        self.around = nn.ModuleList(
-            nn.Conv2d(HIDDEN, HIDDEN, 3, padding=apart, dilation=apart, padding_mode="replicate")
-            for apart in reach
-        )
+        self.around = nn.ModuleList(map(_separable, reach))
         self.last = nn.Conv2d(HIDDEN, kinds + 1, 1)
         self.register_buffer("token_mean", torch.zeros(patches, width))
         self.register_buffer("token_std", torch.ones(width))
@@ -109,6 +106,22 @@ class PatchPredictor(nn.Module):
         Euclidean distance between roots is Hellinger's distance of the distributions.
         """
         return (shares.sqrt() - self.root_mean) / self.root_std
+
+
+def _separable(apart: int) -> nn.Sequential:
+    """3 x 3 patches of each channel, then all channels of a patch; a full 3 x 3 gains nothing."""
+    return nn.Sequential(
+        nn.Conv2d(
+            HIDDEN,
+            HIDDEN,
+            3,
+            padding=apart,
+            dilation=apart,
+            groups=HIDDEN,
+            padding_mode="replicate",
+        ),
+        nn.Conv2d(HIDDEN, HIDDEN, 1),
+    )
 
 
 class PartPredictor(PatchPredictor):

@@ -29,7 +29,7 @@ from .networks import (
     open_encoder,
     parse_reading,
 )
-from .part_rounds import later_rounds
+from .part_rounds import later_rounds, sample_looks
 from .part_start import sample_tokens, started_learner, voting_learner
 from .part_training import CachedTokens, PartLearning
 from .place_learning import LEAST_TOLD, learn_places, sample_place_views
@@ -376,11 +376,12 @@ def _started(
         print("that is too little for parts to be told by places", file=sys.stderr)
         options = replace(options, told_by="tokens")
     learner = started_learner(tokens, grid, options, places)
-    if learner.architecture.told_by == "tokens":
+    if options.rounds == 1 or learner.architecture.told_by == "tokens":
         return learner
     if not learner.architecture.masked:
         options = replace(options, background="none")
-    return later_rounds(encoder, learner, images, size, tokens, options)
+    looks = sample_looks(encoder, images, size, options.place_images, options.seed)
+    return later_rounds(learner, looks, tokens, options, encoder.mean.device)
 
 
 def _some(tokens: Tokens, options: LearnPartsOptions) -> Tokens:

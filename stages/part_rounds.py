@@ -163,29 +163,23 @@ def learn_parts_again(
 
 
 def later_rounds(
-    encoder: FrozenEncoder,
     learner: PartLearner,
-    images: ImageSource,
-    size: tuple[int, int],
+    looks: Looks,
     tokens: Tokens,
     options: "LearnPartsOptions",
+    device: torch.device,
 ) -> PartLearner:
     """The learner of the last round, at its start.
 
     Args:
-        encoder: The frozen encoder, on the device where all is computed.
         learner: Of the first round.
-        images: The data.
-        size: (H, W) that images are squashed to.
+        looks: At images of the data.
         tokens: Of a sample of the data, for `started_learner`.
         options: The learner's settings; the background may be what the first round left of it.
+        device: Where to compute.
     """
-    if options.rounds == 1:
-        return learner
-    device, parts = encoder.mean.device, learner.architecture.parts
+    parts, predictor = learner.architecture.parts, None
     options = replace(options, look_rounds=min(options.rounds_of_looks, LOOK_ROUNDS))
-    looks = sample_looks(encoder, images, size, options.place_images, options.seed)
-    predictor = None
     for number in range(2, options.rounds + 1):
         print(f"round {number} of {options.rounds}", file=sys.stderr)
         lessons = lessons_of(learner, looks, device)

@@ -91,9 +91,9 @@ def test_learn_parts_again__tells_the_parts_and_goes_on_from_there(tmp_path: Pat
         kinds = torch.cat([parts, told.background[..., None]], dim=2)
         return float((kinds.argmax(dim=2) == targets).float().mean())
 
-    made = learn_parts_again(lessons, 2, None, 60, 0, CPU)
+    made = learn_parts_again(lessons, 2, None, 240, 0, CPU)
     assert right(made) > 0.97
-    again = learn_parts_again(lessons, 2, None, 60, 0, CPU)
+    again = learn_parts_again(lessons, 2, None, 240, 0, CPU)
     assert torch.equal(again.last.weight, made.last.weight)
     # A step changes little of what was learned; from the beginning it would not do.
     assert right(learn_parts_again(lessons, 2, made, 1, 1, CPU)) > 0.9
