@@ -4,7 +4,7 @@ Run one of these; each prints its figures beside those that are wanted::
 
     python -m semmae.benchmarks.extraction steady LEARNER IMAGES [--rounds 9] [--images 32]
     python -m semmae.benchmarks.extraction writing LEARNER IMAGES [--images 256] [--rounds 9]
-    python -m semmae.benchmarks.extraction workers LEARNER IMAGES [--images 256]
+    python -m semmae.benchmarks.extraction workers LEARNER IMAGES [--images 256] [--rounds 3]
     python -m semmae.benchmarks.extraction start LEARNER IMAGES [--rounds 3]
     python -m semmae.benchmarks.extraction plan LEARNER IMAGES [--images 1281167]
     python -m semmae.benchmarks.extraction memory LEARNER IMAGES
@@ -195,18 +195,22 @@ def writing(given: argparse.Namespace, work: Path) -> None:
 # Two workers beside one.
 
 
-def rate_of(ends: list[float], images: int, workers: int) -> float:
-    """Images a second from when every worker has done a shard to the end."""
-    return images * (len(ends) - workers) / (ends[-1] - ends[workers - 1])
+def rate_of(store: Path, workers: int) -> float:
+    """Shards a second from when every worker has done a shard to the end.
+
+    Records of shards come one shard late, commits do not.
+    """
+    ends = sorted(commit.stat().st_mtime for commit in (store / "commits").iterdir())
+    return (len(ends) - workers) / (ends[-1] - ends[workers - 1])
 
 
 def plain(given: argparse.Namespace, work: Path) -> None:
-    """A process that does shards by itself; prints when each ended."""
+    """A process that does shards by itself."""
     settings = WorkerSettings(**json.loads(given.settings, object_hook=_paths))
     worker = OneBehind(ExtractionWorker(settings))
-    for written in (*(worker.do(shard, lambda _: None) for shard in given.shards), worker.finish()):
-        for _ in written:
-            print(time.monotonic(), flush=True)
+    for shard in given.shards:
+        worker.do(shard, lambda _: None)
+    worker.finish()
 
 
 def _paths(values: dict[str, Any]) -> dict[str, Any]:
@@ -216,27 +220,33 @@ def _paths(values: dict[str, Any]) -> dict[str, Any]:
 def workers(given: argparse.Namespace, work: Path) -> None:
     settings, shards = made_store(given, work, given.images or 256)
     told = json.dumps({**vars(settings)}, default=str)
-    rates: dict[str, list[float]] = {"ray": [], "plain": []}
-    for count in (1, 2):
+
+    def under_ray(count: int) -> None:
         with open_workers(Placement(workers=count, device="cpu")) as there:
-            ends = []
             for _ in there.map(lambda: ExtractionWorker(settings), shards):
-                ends.append(time.monotonic())
-        rates["ray"].append(rate_of(ends, 32, count))
+                pass
+
+    def as_processes(count: int) -> None:
         command = [sys.executable, "-m", MODULE, "plain", "--settings", told, "--shards"]
         running = [
-            subprocess.Popen(
-                [*command, *map(str, shards[first::count])], env=ONE_THREAD, stdout=subprocess.PIPE
-            )
+            subprocess.Popen([*command, *map(str, shards[first::count])], env=ONE_THREAD)
             for first in range(count)
         ]
-        printed = [process.communicate()[0].split() for process in running]
-        rates["plain"].append(rate_of(sorted(map(float, itertools.chain(*printed))), 32, count))
-    gain = {name: two / one for name, (one, two) in rates.items()}
-    print(
-        f"2 workers over 1: {gain['ray']:.2f} under Ray, {gain['plain']:.2f} as plain processes; "
-        f"ratio {gain['ray'] / gain['plain']:.2f} (wanted 0.9); images/s {rates}"
-    )
+        for process in running:
+            if process.wait():
+                raise subprocess.CalledProcessError(process.returncode, command)
+
+    def rate(run: Callable[[int], None], count: int) -> float:
+        uncommit(settings.output, shards)
+        run(count)
+        return rate_of(work / "store", count)
+
+    ratios = []
+    for _ in range(given.rounds):
+        ray, bare = ([rate(run, count) for count in (1, 2)] for run in (under_ray, as_processes))
+        ratios.append(ray[1] / ray[0] / (bare[1] / bare[0]))
+        print(f"shards/s of 1 and 2 workers: {ray} under Ray, {bare} as processes", flush=True)
+    print(f"2 workers over 1, Ray over plain processes: {interval(ratios)} (wanted 0.9)")
 
 
 # From the command to the first shard.
@@ -432,7 +442,7 @@ def main() -> None:
         command.add_argument("learner", type=Path)
         command.add_argument("images_folder", type=Path)
         command.add_argument("--images", type=int)
-        command.add_argument("--rounds", type=int, default=3 if run is start else 9)
+        command.add_argument("--rounds", type=int, default=3 if run in (start, workers) else 9)
         command.set_defaults(run=run)
     commands.add_parser("placing").set_defaults(run=placing)
     inner = commands.add_parser("plain")
