@@ -225,6 +225,13 @@ def pretraining_data(options: PretrainOptions) -> PretrainingData:
     images, maps, parts, fingerprint, background = ImageSource(plan), None, 0, "", None
     if store is not None:
         rows, places = join_store(plan, store)
+        if len(rows) < len(plan):
+            print(
+                f"{len(plan) - len(rows)} of {len(plan)} images are left out: they were bad when "
+                f"{store.path} was made, whose meta rows say why; extract-parts --update "
+                f"{store.path} reads them again, into a new store",
+                file=sys.stderr,
+            )
         if options.images == "cache":
             images = CachedImages(plan, rows, store, places)
         else:

@@ -19,6 +19,7 @@ from semmae.pipeline.mask_policies import POLICIES
 from semmae.pipeline.randomness import Purpose, streams
 from semmae.pipeline.schedule import Draw
 from semmae.pipeline.sources import list_images
+from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.pretrain import (
     ALPHA_EDGES,
     PART_SIZE_EDGES,
@@ -52,6 +53,23 @@ def test_pretrain__writes_checkpoint_log_and_pictures(world: World, tmp_path: Pa
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_pretraining_data__tells_which_images_are_left_out(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, store = tmp_path / "images", tmp_path / "store"
+    data.mkdir()
+    for number, image in enumerate(sorted(Path(world.data).rglob("*.png"))[:4]):
+        (data / f"{number}.png").write_bytes(image.read_bytes()[: 50 if number == 2 else None])
+    extract_parts(ExtractPartsOptions(data=str(data), learner=world.learner, output=store))
+    capsys.readouterr()
+    options = pretrain_options(world, tmp_path, data=str(data), masking="semantic", parts=store)
+    assert len(pretraining_data(options)) == 3
+    assert f"1 of 4 images are left out: they were bad when {store}" in capsys.readouterr().err
+    options = pretrain_options(world, tmp_path, masking="semantic", parts=world.store)
+    assert len(pretraining_data(options)) == 72
+    assert capsys.readouterr().err == ""
 
 
 PART_SIZE = "loss_by_part_size"
