@@ -26,8 +26,8 @@ class Patches:
     """What parts are told from.
 
     Attributes:
-        features: (B, L, D), standardised: patch tokens, or the places that they tell; blurred
-            where there is an object mask.
+        features: (B, L, D), standardised: patch tokens, or the places or parts that they tell;
+            blurred where there is an object mask.
         style: (B, S), standardised class tokens.
         attention: (B, A, L), the class token's attention, by head.
         objects: (B, L), 1 on objects, 0 on background.

@@ -98,6 +98,14 @@ def of_all(value: T) -> list[T]:
     return found
 
 
+def of_first(value: T) -> T:
+    """What the first process gives, in all of them; it is pickled on the way."""
+    sent = [value]
+    if count() > 1:
+        dist.broadcast_object_list(sent, 0)
+    return sent[0]
+
+
 def refuse_disagreement(seen: Mapping[str, object]) -> None:
     """Refuse processes that do not see the same, such as a folder that is not shared.
 

@@ -8,6 +8,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import SettingError
 from ..models.appearance import FEATURES, AppearanceModel, appearances, palette_of
 from ..models.distillation import encoded, kept_patches
 from ..models.encoders import FrozenEncoder
@@ -65,12 +66,21 @@ class PredictingAppearances(EncoderLearning):
 
 
 def appearance_words(data: SquashedData, patch_size: int, count: int, seed: int) -> Tensor:
-    """Appearances that the patches of some images cluster in, float32 (Q, 6)."""
+    """Appearances that the patches of some images cluster in, float32 (Q, 6).
+
+    Raises:
+        SettingError: They have fewer patches than appearances.
+    """
     chosen = np.random.default_rng(seed).permutation(len(data))[:WORD_IMAGES]
     patches = np.zeros((0, FEATURES), dtype=np.float32)
     for first in range(0, len(chosen), 64):
         draws = [Draw(int(index), 0, 0.0) for index in chosen[first : first + 64]]
         found = appearances(scaled(data.__getitems__(draws)["images"]), patch_size).flatten(0, 1)
         patches = np.concatenate([patches, found[:: max(len(found) // 1800, 1)].numpy()])
-    kmeans = KMeans(count, n_init=1, random_state=seed).fit(patches)
+    if len(patches) < count:
+        raise SettingError(
+            f"--prototypes is {count}, but the images have {len(patches)} patches in all: expected "
+            "fewer prototypes, or more images"
+        )
+    kmeans = KMeans(count, n_init=1, random_state=seed % 2**32).fit(patches)
     return torch.from_numpy(kmeans.cluster_centers_).float()

@@ -20,8 +20,8 @@ from ..pipeline.loaders import SquashedData
 from ..pipeline.options import TrainingOptions, require, training_settings
 from ..pipeline.resuming import refuse_foreign_folder
 from ..pipeline.sources import Split, list_images
-from ..pipeline.tasks import Task
 from ..pipeline.training import fit
+from ..pipeline.wandb_log import refuse_missing_wandb
 from ..storage.checkpoints import checkpoints
 from .appearance_learning import PredictingAppearances, appearance_words
 from .networks import open_encoder
@@ -106,22 +106,20 @@ def _learn_encoder(options: LearnEncoderOptions) -> Path:
     refuse_foreign_folder(options.output, PredictingAppearances.kind)
     images = ImageSource(list_images(options.data, options.split))
     options.schedule(len(images))  # refuses what cannot be before anything is trained
-    start = options.start or str(_pretrained(options))
+    refuse_missing_wandb(options)
+    data = SquashedData(images, (options.image_size, options.image_size))
+    begun = bool(checkpoints(options.output))
+    words = torch.zeros(options.prototypes, FEATURES)  # a checkpoint holds its own
+    if options.method == "appearance" and not begun:
+        words = appearance_words(data, options.patch_size, options.prototypes, options.seed)
+    start = options.start or str(options.output if begun else _pretrained(options))
     encoder = open_encoder(start)
     _refuse_unfit(encoder, start, options)
-    return fit(_task(encoder, images, options), options)
-
-
-def _task(start: FrozenEncoder, images: ImageSource, options: LearnEncoderOptions) -> Task:
-    data = SquashedData(images, (options.image_size, options.image_size))
     if options.method == "distil":
         from .distilling import Distilling  # lightly is an extra
 
-        return Distilling(start, data, options)
-    words = torch.zeros(options.prototypes, FEATURES)  # a checkpoint holds its own
-    if not checkpoints(options.output):
-        words = appearance_words(data, options.patch_size, options.prototypes, options.seed)
-    return PredictingAppearances(start, data, words, options)
+        return fit(Distilling(encoder, data, options), options)
+    return fit(PredictingAppearances(encoder, data, words, options), options)
 
 
 def _pretrained(options: LearnEncoderOptions) -> Path:

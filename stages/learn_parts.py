@@ -12,6 +12,7 @@ from ..errors import MismatchError, SettingError
 from ..models.encoders import FrozenEncoder, Tokens
 from ..models.parts import LEARNED, PartArchitecture, PartLearner, Variant
 from ..models.readings import Facet
+from ..pipeline import ranks
 from ..pipeline.feeding import TrainingData
 from ..pipeline.image_source import ImageSource
 from ..pipeline.launching import launch
@@ -20,6 +21,7 @@ from ..pipeline.options import TrainingOptions, choose_device, require
 from ..pipeline.resuming import refuse_foreign_folder
 from ..pipeline.sources import Split, list_images
 from ..pipeline.training import fit, keep
+from ..pipeline.wandb_log import refuse_missing_wandb
 from ..storage.checkpoints import checkpoints, load_checkpoint
 from .networks import (
     ENCODER_FILE,
@@ -164,6 +166,8 @@ class LearnPartsOptions(TrainingOptions):
             flag = f"{loss.removesuffix('s')}_weight"
             require(weight >= 0, flag, weight, "0 or more")
         self.architecture(1)
+        if self.ema:
+            raise SettingError(f"--ema is {self.ema}: parts are found by trained weights; drop it")
         if self.told_by == "places" and self.variant in ("colour", "attention", "grid"):
             raise SettingError(
                 f"--variant {self.variant} is told neither by places nor by tokens: expected no "
@@ -302,11 +306,13 @@ def learn_parts(options: LearnPartsOptions) -> Path:
 
 
 def _learn_parts(options: LearnPartsOptions) -> Path:
+    refuse_missing_wandb(options)
     refuse_foreign_folder(options.output, PartLearning.kind)
     images = ImageSource(list_images(options.data, options.split))
     learned = options.variant in LEARNED
-    if learned:  # refuses what cannot be before anything is encoded
-        options.schedule(min(options.cached_images or len(images), len(images)))
+    count = max(options.sample_images, options.cached)
+    if learned:  # a batch larger than the data is refused before anything is encoded
+        options.schedule(min(count if options.cached else len(images), len(images)))
     found = checkpoints(options.output)
     state = _recorded(found[-1][1]) if found else None
     # A run goes on with the encoder that it began with, whatever the path holds now.
@@ -325,12 +331,13 @@ def _learn_parts(options: LearnPartsOptions) -> Path:
         _refuse_other_size(state, size, options.output)
         learner = learner_of(state, found[-1][1])
     encoder.to(choose_device(options.device))
-    tokens, count = None, max(options.sample_images, options.cached)
+    tokens = None
     if options.cached or learner is None:
         tokens = sample_tokens(encoder, images, size, count, options.seed)
     if learner is None:
         assert tokens is not None
-        learner = _started(encoder, images, size, _some(tokens, options), options)
+        # GPUs do not compute alike to the bit, and parts come in the order of what they computed.
+        learner = ranks.of_first(_started(encoder, images, size, _some(tokens, options), options))
     whole = SquashedData(images, size)
     data: TrainingData = whole
     if options.cached:
@@ -378,7 +385,9 @@ def _started(
     learner = started_learner(tokens, grid, options, places)
     if options.rounds == 1 or learner.architecture.told_by == "tokens":
         return learner
-    if not learner.architecture.masked:
+    if options.variant == "image-kmeans":
+        return learner  # what is part 3 in one image says nothing of other images
+    if learner.architecture.background == "none":
         options = replace(options, background="none")
     looks = sample_looks(encoder, images, size, options.place_images, options.seed)
     return later_rounds(learner, looks, tokens, options, encoder.mean.device)

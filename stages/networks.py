@@ -21,7 +21,8 @@ from ..storage.checkpoints import file_hash, load_checkpoint, resolve_checkpoint
 from ..storage.files import write_atomically
 
 ENCODER_FILE = "encoder.safetensors"
-"""The frozen encoder in the folder of a part learner, so that the folder is all one needs."""
+"""The frozen encoder in the folder of a part learner, so that the folder is all one needs; of
+``timm:local-dir:`` and ``timm:hf-hub:`` timm reads the shape where it was named."""
 
 
 Weights = Literal["trained", "ema"]

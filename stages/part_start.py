@@ -273,4 +273,4 @@ def _cluster(tokens: NDArray[np.float32], clusters: int, seed: int) -> KMeans:
             f"{len(chosen)} patches cannot make {clusters} clusters: expected more images, "
             "or fewer --num-parts and --clusters"
         )
-    return KMeans(clusters, n_init=3, random_state=seed).fit(tokens[np.sort(chosen)])
+    return KMeans(clusters, n_init=3, random_state=seed % 2**32).fit(tokens[np.sort(chosen)])

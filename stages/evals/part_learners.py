@@ -190,7 +190,7 @@ def class_clusters(class_tokens: torch.Tensor, seed: int) -> NDArray[np.int64]:
     """Cluster of each image by its class token (N, S), standardised; int64 (N,)."""
     apart = class_tokens - class_tokens.mean(dim=0)
     points = (apart / (apart.std(dim=0, correction=0) + 1e-6)).numpy()
-    kmeans = KMeans(min(CLUSTERS, len(points)), n_init=3, random_state=seed)
+    kmeans = KMeans(min(CLUSTERS, len(points)), n_init=3, random_state=seed % 2**32)
     return np.asarray(kmeans.fit_predict(points), dtype=np.int64)
 
 

@@ -189,9 +189,9 @@ def parts_hash(path: str) -> str:
         MissingError: It is not there.
     """
     place = store_path(path)
-    if isinstance(place, RemotePath) or place.is_dir() or place.suffix != ".pt":
-        return store_hash(path)
-    return open_learner(place).hash
+    if not isinstance(place, RemotePath) and (place.is_file() or place.suffix == ".pt"):
+        return open_learner(place).hash
+    return store_hash(path)
 
 
 def evaluate_parts(options: PartsOptions) -> dict[str, float]:

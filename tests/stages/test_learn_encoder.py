@@ -1,4 +1,5 @@
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,18 @@ def test_learn_encoder__pretrains_a_start_of_its_own(world: World, tmp_path: Pat
     assert record["kind"] == "pretraining"
     assert record["options"]["masking"] == "random"
     assert tokens(tmp_path / "run").patches.shape == (2, 16, 128)
+    shutil.rmtree(tmp_path / "run-start")
+    learn_encoder(options)
+    assert not (tmp_path / "run-start").exists()
+
+
+def test_learn_encoder__refuses_too_few_patches_before_it_begins(
+    world: World, tmp_path: Path
+) -> None:
+    options = options_of(world, tmp_path / "run", start=None, prototypes=5000)
+    with pytest.raises(SettingError, match="--prototypes is 5000, but the images have 1152"):
+        learn_encoder(options)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -240,6 +240,18 @@ def test_learn_parts__refuses_to_go_on_with_another_image_size(
         learn_parts(other)
 
 
+def test_learn_parts__a_batch_may_be_of_all_cached_images(world: World, tmp_path: Path) -> None:
+    changes = {"cached_images": 10, "sample_images": 20, "batch_size": 16}
+    learn_parts(learn_options(world, tmp_path, **changes, seed=2**32 + 1))
+    with pytest.raises(SettingError, match="--batch-size is 32"):
+        learn_parts(learn_options(world, tmp_path, **changes | {"batch_size": 32}))
+
+
+def test_learn_parts__refuses_an_average_that_nothing_reads(world: World, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"--ema is 0\.9"):
+        learn_options(world, tmp_path, ema=0.9)
+
+
 @pytest.mark.parametrize("variant", ["colour", "attention", "grid"])
 def test_learn_parts__refuses_places_where_they_tell_nothing(
     world: World, tmp_path: Path, variant: str

@@ -191,6 +191,12 @@ def test_evaluate_parts__pins_the_checkpoint_of_a_learner(world: World, tmp_path
     assert gone["note"].str.contains("no checkpoint at").all()
 
 
+def test_parts_hash__of_another_file_is_refused_as_a_learner(world: World) -> None:
+    file = world.learner / "encoder.safetensors"
+    with pytest.raises(SettingError, match="expected a part learner"):
+        parts_hash(str(file))
+
+
 def test_parts_hash__of_a_store_is_its_own(world: World) -> None:
     assert parts_hash(str(world.store)) == store_hash(str(world.store))
 

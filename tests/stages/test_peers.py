@@ -1,6 +1,7 @@
 """Stages in two processes: the same run as in one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from semmae.models.parts import PartLearner
 from semmae.pipeline.options import TrainingOptions
+from semmae.stages import learn_parts as learning
 from semmae.stages.learn_encoder import LearnEncoderOptions, learn_encoder
-from semmae.stages.learn_parts import learn_parts
+from semmae.stages.learn_parts import LearnPartsOptions, learn_parts
 from semmae.stages.pretrain import pretrain
 from semmae.storage.checkpoints import load_checkpoint
 from semmae.tests.pipeline.peers import Told, together
@@ -38,6 +41,21 @@ def run_stage(rank: int, stage: Callable[[Any], Path], given: TrainingOptions) -
     return stage(given)
 
 
+def run_learning_apart(rank: int, given: LearnPartsOptions) -> Path:
+    """Learn parts in a process whose own start is another one than those of the others."""
+    started = learning._started
+
+    def apart(
+        encoder: Any, images: Any, size: Any, tokens: Any, options: LearnPartsOptions
+    ) -> PartLearner:
+        return started(encoder, images, size, tokens, replace(options, seed=given.seed + rank))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "_started", apart)
+        patch.setattr(learning, "LEAST_TOLD", -100.0)
+        return learn_parts(given)
+
+
 def weights(path: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = load_checkpoint(path)["model"]
     return state
@@ -45,6 +63,18 @@ def weights(path: Path) -> dict[str, Tensor]:
 
 def slow(*case: Any) -> Any:
     return pytest.param(*case, marks=pytest.mark.launchers)
+
+
+def test_learn_parts__all_processes_take_the_start_of_the_first(
+    world: World, tmp_path: Path
+) -> None:
+    changes = {"cached_images": 16, "sample_images": 16, "micro_batch": 8}
+    alone = run_learning_apart(0, learn_options(world, tmp_path / "one", **changes))
+    given = learn_options(world, tmp_path / "two", **changes)
+    together(2, partial(run_learning_apart, given=given))
+    expected = weights(alone)
+    for name, found in weights(tmp_path / "two" / "checkpoints" / alone.name).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

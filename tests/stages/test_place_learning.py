@@ -171,6 +171,28 @@ def test_learn_parts__by_places_resumes_and_opens(
         assert torch.equal(value, again.learner.state_dict()[name])
 
 
+@pytest.mark.parametrize("background", ["token", "none", "voted"])
+def test_learn_parts__later_rounds_keep_the_background(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: str
+) -> None:
+    monkeypatch.setattr(learning, "LEAST_TOLD", -100.0)
+    found = []
+    for rounds in (1, 2):
+        run = tmp_path / f"{rounds}"
+        learn_parts(learn_options(world, run, rounds=rounds, background=background))
+        found.append(open_learner(run).learner.architecture.background)
+    assert found[0] == found[1]
+    assert background in (found[0], "voted")  # a vote may find nothing
+
+
+def test_learn_parts__has_one_round_where_parts_are_of_each_image(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "LEAST_TOLD", -100.0)
+    learn_parts(learn_options(world, tmp_path, variant="image-kmeans", told_by="places"))
+    assert open_learner(tmp_path).learner.architecture.predictor == "places"
+
+
 def test_learn_parts__refuses_places_that_tokens_do_not_tell(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
