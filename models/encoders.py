@@ -5,9 +5,11 @@ Legend of shapes: B images, L patches, D width, A attention heads, p patch size.
 
 import copy
 import difflib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -61,6 +63,23 @@ class Tokens:
         )
 
 
+@dataclass(frozen=True)
+class TimmNetwork:
+    """What timm makes a network of once its weights are at hand.
+
+    Attributes:
+        name: Of timm's own, such as ``vit_small_patch16_224.dino``.
+        arguments: Of its making, where a folder or a repository said more than that name.
+        mean: Of the pixels in [0, 1] it was trained on.
+        std: Likewise.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    mean: list[float]
+    std: list[float]
+
+
 class FrozenEncoder(nn.Module):
     """A vision transformer that is read, never trained.
 
@@ -70,7 +89,7 @@ class FrozenEncoder(nn.Module):
         std: Likewise.
         name: What to call it in records.
         reading: Which blocks to read, and what of them.
-        timm_name: By which timm can make the network again, if any.
+        timm: What timm can make the network of again, if it did.
 
     Raises:
         SettingError: The reading names blocks that the transformer has not.
@@ -82,15 +101,15 @@ class FrozenEncoder(nn.Module):
     def __init__(
         self,
         transformer: VisionTransformer,
-        mean: tuple[float, ...] = IMAGENET_MEAN,
-        std: tuple[float, ...] = IMAGENET_STD,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
         name: str = "encoder",
         reading: Reading = DEFAULT_READING,
-        timm_name: str = "",
+        timm: TimmNetwork | None = None,
     ) -> None:
         super().__init__()
         self.transformer = transformer.eval().requires_grad_(False)
-        self.name, self.reading, self.timm_name = name, reading, timm_name
+        self.name, self.reading, self.timm = name, reading, timm
         self._read = reading.indices(len(transformer.blocks))
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
@@ -215,8 +234,35 @@ def timm_encoder(
             the blocks of the reading.
         MissingError: Its weights cannot be had: no network, and none stored.
     """
+    model = _made_by_timm(name, pretrained=pretrained)
+    config = model.pretrained_cfg
+    network = TimmNetwork(*_recipe_of(name), list(config["mean"]), list(config["std"]))
+    return FrozenEncoder(model, network.mean, network.std, f"timm:{name}", reading, network)
+
+
+def timm_encoder_again(
+    network: TimmNetwork, weights: Mapping[str, Tensor], name: str, reading: Reading
+) -> FrozenEncoder:
+    """An encoder that timm made once, from its weights alone.
+
+    Args:
+        network: What timm made it of.
+        weights: Of its transformer.
+        name: What to call it in records and errors.
+        reading: Which blocks to read, and what of them.
+
+    Raises:
+        SettingError: It has not the blocks of the reading, or this timm has no such network.
+    """
+    model = _made_by_timm(network.name, pretrained=False, **network.arguments)
+    model.load_state_dict(weights)
+    return FrozenEncoder(model, network.mean, network.std, name, reading, network)
+
+
+def _made_by_timm(name: str, **arguments: Any) -> VisionTransformer:
+    arguments = {**arguments, "num_classes": 0, "dynamic_img_size": True}
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+        model = timm.create_model(name, **arguments)
     except TypeError as error:  # only vision transformers take inputs of any size
         raise SettingError(f"timm's {name} is {_NO_TRANSFORMER}") from error
     except Exception as error:  # the hub raises errors of many libraries when it is out of reach
@@ -227,10 +273,19 @@ def timm_encoder(
         and isinstance(getattr(model.blocks[-1], "attn", None), Attention)
     ):
         raise SettingError(f"timm's {name} is {_NO_TRANSFORMER}")
-    config = model.pretrained_cfg
-    return FrozenEncoder(
-        model, config["mean"], config["std"], f"timm:{name}", reading, timm_name=name
-    )
+    return model
+
+
+def _recipe_of(name: str) -> tuple[str, dict[str, Any]]:
+    """The name and arguments that timm makes a network of, which it may read in a file."""
+    source, _, place = name.partition(":")
+    if source == "local-dir":
+        config = json.loads((Path(place) / "config.json").read_text())
+        return config["architecture"], config.get("model_args") or {}
+    if source == "hf-hub":
+        _, architecture, arguments = timm.models.load_model_config_from_hf(place)
+        return architecture, arguments or {}
+    return name, {}
 
 
 _NO_TRANSFORMER = (
@@ -316,5 +371,5 @@ def untrained(encoder: FrozenEncoder, seed: int) -> FrozenEncoder:
         model.pos_embed.data.copy_(fixed)
     mean, std = tuple(encoder.mean.tolist()), tuple(encoder.std.tolist())
     name = f"untrained {encoder.name}"
-    fresh = FrozenEncoder(model, mean, std, name, encoder.reading, encoder.timm_name)
+    fresh = FrozenEncoder(model, mean, std, name, encoder.reading, encoder.timm)
     return fresh.to(encoder.mean.device)

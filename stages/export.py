@@ -88,9 +88,9 @@ def export(options: ExportOptions) -> str:
 def _export_timm(options: ExportOptions) -> str:
     """Positions for another size are resampled, as the encoder itself does for such images."""
     encoder = open_encoder(options.checkpoint, weights=options.weights)
-    if encoder.timm_name:
+    if encoder.timm:
         raise SettingError(
-            f"{options.checkpoint} is timm's own {encoder.timm_name}: create_model makes it already"
+            f"{options.checkpoint} is timm's own {encoder.timm.name}: create_model makes it already"
         )
     size = image_size_of(options.image_size, encoder.native_size, encoder.patch_size)
     encoder.transformer.set_input_size(size)

@@ -12,7 +12,13 @@ from safetensors.torch import save
 
 from ..errors import MismatchError, MissingError, SettingError
 from ..models.autoencoder import Architecture, MaskedAutoencoder
-from ..models.encoders import FrozenEncoder, build_encoder, timm_encoder
+from ..models.encoders import (
+    FrozenEncoder,
+    TimmNetwork,
+    build_encoder,
+    timm_encoder,
+    timm_encoder_again,
+)
 from ..models.parts import PartArchitecture, PartLearner
 from ..models.readings import DEFAULT_READING, Facet, Reading
 from ..models.vision import IMAGENET_MEAN, IMAGENET_STD
@@ -21,8 +27,7 @@ from ..storage.checkpoints import file_hash, load_checkpoint, resolve_checkpoint
 from ..storage.files import write_atomically
 
 ENCODER_FILE = "encoder.safetensors"
-"""The frozen encoder in the folder of a part learner, so that the folder is all one needs; of
-``timm:local-dir:`` and ``timm:hf-hub:`` timm reads the shape where it was named."""
+"""The frozen encoder in the folder of a part learner, so that the folder is all one needs."""
 
 
 Weights = Literal["trained", "ema"]
@@ -114,10 +119,7 @@ def _encoder_of(state: dict[str, Any], name: str, reading: Reading | None = None
         reading = Reading(tuple(read["blocks"]), read["kind"], read["pooled"])
     reading = reading or DEFAULT_READING
     if record.get("timm"):
-        encoder = timm_encoder(record["timm"], pretrained=False, reading=reading)
-        encoder.transformer.load_state_dict(state["model"])
-        encoder.name = name
-        return encoder
+        return timm_encoder_again(TimmNetwork(**record["timm"]), state["model"], name, reading)
     return build_encoder({**state, **record}, name, reading=reading)
 
 
@@ -136,7 +138,7 @@ def encoder_file(encoder: FrozenEncoder) -> bytes:
     record = {
         "architecture": {"heads": encoder.heads, "image_size": encoder.native_size},
         "reading": asdict(encoder.reading),
-        "timm": encoder.timm_name,
+        "timm": asdict(encoder.timm) if encoder.timm else None,
     }
     tensors = {name: t.contiguous() for name, t in encoder.transformer.state_dict().items()}
     return save(tensors, {RECORD: json.dumps(record, sort_keys=True)})

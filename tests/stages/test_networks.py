@@ -1,16 +1,20 @@
+import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from semmae.errors import MismatchError, SettingError
 from semmae.models.encoders import FrozenEncoder, timm_encoder
 from semmae.models.readings import DEFAULT_READING, Facet, Reading
+from semmae.stages.export import ExportOptions, export
 from semmae.stages.networks import (
     ENCODER_FILE,
     image_size_of,
@@ -69,11 +73,42 @@ def test_save_encoder__an_encoder_of_timm_stays_timms_through_several_files(
     (tmp_path / "two").mkdir()
     once = open_encoder(saved(encoder, tmp_path / "one"))
     twice = open_encoder(saved(once, tmp_path / "two"))
-    assert twice.timm_name == "test_vit"
+    assert twice.timm == encoder.timm
+    assert twice.timm is not None
+    assert twice.timm.name == "test_vit"
     assert torch.equal(twice.mean, encoder.mean)
     assert not torch.equal(twice.mean, tiny().mean)  # which files of others are given
     assert twice.reading == encoder.reading
     assert_same_tokens(encoder, twice, 160)
+
+
+@pytest.mark.parametrize("source", ["local-dir", "hf-hub"])
+def test_save_encoder__an_encoder_of_a_folder_of_timm_needs_that_folder_no_more(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "export"
+    export(ExportOptions(checkpoint=saved(tiny(), tmp_path), output=folder))
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"]["norm_layer"] = "rmsnorm"  # what the shapes of the weights do not tell
+    config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if not re.search(r"norm\d?\.bias", k)}
+    save_file(kept, folder / "model.safetensors")
+
+    def download(repo_id: str, filename: str, **_: Any) -> str:
+        assert repo_id == "some/vit"
+        return str(folder / filename)
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    place = {"local-dir": folder, "hf-hub": "some/vit"}[source]
+    encoder = open_encoder(f"timm:{source}:{place}", READING)
+    path = saved(encoder, tmp_path)
+    shutil.rmtree(folder)
+    again = open_encoder(path)
+    assert again.reading == READING
+    assert torch.equal(again.mean, torch.tensor([0.1, 0.2, 0.3]))
+    assert_same_tokens(encoder, again)
 
 
 def test_open_encoder__a_stage_may_choose_another_reading(tmp_path: Path) -> None:
