@@ -9,6 +9,7 @@ of class tokens, A attention heads, N parts.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,38 @@ class Patches:
     looks: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Attending:
+    """How part tokens and features of patches make shares (paper, figure 2).
+
+    The paper leaves each of these open.
+
+    Attributes:
+        temperature: Of the softmax.
+        similarity: ``cosine`` of token and feature, or their ``dot`` product over the root of D.
+        normalisation: Over ``parts``, where the parts compete for each patch; or over ``places``,
+            as attention is normalised elsewhere: each part has the same to give to the patches of
+            objects, so that none owns most of them, and parts share a patch by what each gives it.
+    """
+
+    temperature: float
+    similarity: Literal["cosine", "dot"] = "cosine"
+    normalisation: Literal["parts", "places"] = "parts"
+
+    def shares(self, tokens: Tensor, patches: Patches) -> Tensor:
+        """Shares (B, N, L) of part tokens (B, N, D)."""
+        features = patches.features
+        if self.similarity == "cosine":
+            tokens, features = F.normalize(tokens, dim=-1), F.normalize(features, dim=-1)
+        else:
+            tokens = tokens / features.shape[2] ** 0.5
+        scores = tokens @ features.transpose(1, 2) / self.temperature
+        if self.normalisation == "places":
+            of_objects = scores + patches.objects[:, None].clamp_min(1e-6).log()
+            scores = scores - of_objects.logsumexp(dim=2, keepdim=True)
+        return scores.softmax(dim=1)
+
+
 class AnchoredTokens(nn.Module):
     """Part tokens with a learned anchor each, and a small term from the class token.
 
@@ -56,16 +89,16 @@ class AnchoredTokens(nn.Module):
         width: D.
         style_width: S.
         class_share: Weight of the class-token term against the anchor, both of unit length.
-        temperature: Of the softmax over parts of cosine similarities.
+        attending: How tokens and features make shares.
     """
 
     def __init__(
-        self, parts: int, width: int, style_width: int, class_share: float, temperature: float
+        self, parts: int, width: int, style_width: int, class_share: float, attending: Attending
     ) -> None:
         super().__init__()
         self.anchors = nn.Parameter(torch.randn(parts, width))
         self.from_class = _embedding(parts, width, style_width)
-        self._share, self._temperature = class_share, temperature
+        self._share, self._attending = class_share, attending
 
     def tokens(self, style: Tensor) -> Tensor:
         """Part tokens (B, N, D) of standardised class tokens (B, S)."""
@@ -74,7 +107,7 @@ class AnchoredTokens(nn.Module):
 
     def forward(self, patches: Patches) -> Tensor:
         """Shares (B, N, L)."""
-        return _by_cosine(self.tokens(patches.style), patches.features, self._temperature)
+        return self._attending.shares(self.tokens(patches.style), patches)
 
 
 class ClassTokens(nn.Module):
@@ -84,13 +117,13 @@ class ClassTokens(nn.Module):
         parts: N.
         width: D.
         style_width: S.
-        temperature: Of the softmax over parts of cosine similarities.
+        attending: How tokens and features make shares.
     """
 
-    def __init__(self, parts: int, width: int, style_width: int, temperature: float) -> None:
+    def __init__(self, parts: int, width: int, style_width: int, attending: Attending) -> None:
         super().__init__()
         self.from_class = _embedding(parts, width, style_width)
-        self._shape, self._temperature = (parts, width), temperature
+        self._shape, self._attending = (parts, width), attending
 
     def tokens(self, style: Tensor) -> Tensor:
         """Part tokens (B, N, D) of standardised class tokens (B, S)."""
@@ -98,18 +131,13 @@ class ClassTokens(nn.Module):
 
     def forward(self, patches: Patches) -> Tensor:
         """Shares (B, N, L)."""
-        return _by_cosine(self.tokens(patches.style), patches.features, self._temperature)
+        return self._attending.shares(self.tokens(patches.style), patches)
 
 
 def _embedding(parts: int, width: int, style_width: int) -> nn.Linear:
     made = nn.Linear(style_width, parts * width, bias=False)
     nn.init.normal_(made.weight, std=style_width**-0.5)
     return made
-
-
-def _by_cosine(tokens: Tensor, features: Tensor, temperature: float) -> Tensor:
-    cosines = F.normalize(tokens, dim=-1) @ F.normalize(features, dim=-1).transpose(1, 2)
-    return (cosines / temperature).softmax(dim=1)
 
 
 class SetCentres(nn.Module):

@@ -42,6 +42,7 @@ from .encoders import Tokens
 from .looks import refined
 from .part_scores import (
     AnchoredTokens,
+    Attending,
     AttentionHeads,
     ClassTokens,
     GridCells,
@@ -75,11 +76,15 @@ class PartArchitecture:
         look_temperature: Of the distances there.
         class_share: Weight of the class-token term against the anchor, both of unit length.
         temperature: Of the softmax over parts.
+        similarity: Of part tokens and features; see `part_scores.Attending`.
+        normalisation: Of the part tokens' attention; see there.
         blur: Standard deviation of the blur, patches; 0 does not blur.
         affinity: Temperature of the cosines of patch tokens that the blur goes by, too; 0 blurs by
             distance alone.
         pixel_decoder: Whether there is an AdaIN decoder to pixels.
         decoder_width: C of its first layer.
+        decoder_upsamplings: Doublings of the resolution in it: its image has two to that power
+            pixels a patch.
         decoder_noise: Per-layer noise in it.
         places: Places of the grid whose mean token is taken off each token there; 0 takes off one
             mean for all places.
@@ -100,10 +105,13 @@ class PartArchitecture:
     look_temperature: float = 0.05
     class_share: float = 0.2
     temperature: float = 0.1
+    similarity: Literal["cosine", "dot"] = "cosine"
+    normalisation: Literal["parts", "places"] = "parts"
     blur: float = 1.5
     affinity: float = 0.3
     pixel_decoder: bool = False
     decoder_width: int = 64
+    decoder_upsamplings: int = 2
     decoder_noise: bool = False
     places: int = 0
     grid_places: int = 0
@@ -165,13 +173,14 @@ class PartArchitecture:
 
 
 def _scores(shape: PartArchitecture, style_width: int) -> nn.Module:
-    parts, width, temperature = shape.tokens, shape.feature_width, shape.temperature
+    parts, width = shape.tokens, shape.feature_width
+    attending = Attending(shape.temperature, shape.similarity, shape.normalisation)
     if shape.variant == "anchored":
-        return AnchoredTokens(parts, width, style_width, shape.class_share, temperature)
+        return AnchoredTokens(parts, width, style_width, shape.class_share, attending)
     if shape.variant == "paper":
-        return ClassTokens(parts, width, style_width, temperature)
+        return ClassTokens(parts, width, style_width, attending)
     if shape.variant == "kmeans":
-        return SetCentres(parts, width, temperature)
+        return SetCentres(parts, width, shape.temperature)
     if shape.variant == "attention":
         return AttentionHeads()
     if shape.variant == "grid":
@@ -216,7 +225,11 @@ class PartLearner(nn.Module):
             self.predictor.requires_grad_(False)
         self.decoder = (
             PixelDecoder(
-                shape.channels, style_width, shape.decoder_width, noise=shape.decoder_noise
+                shape.channels,
+                style_width,
+                shape.decoder_width,
+                shape.decoder_upsamplings,
+                shape.decoder_noise,
             )
             if shape.pixel_decoder
             else None

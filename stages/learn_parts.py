@@ -92,6 +92,15 @@ class LearnPartsOptions(TrainingOptions):
     ] = "area"
     class_share: Annotated[float, "Weight of the class-token term in anchored part tokens."] = 0.2
     temperature: Annotated[float, "Of the softmax over parts."] = 0.1
+    similarity: Annotated[
+        Literal["cosine", "dot"],
+        "Of part tokens and patches: cosines, or dot products over the root of the width (try "
+        "--temperature 1 with them).",
+    ] = "cosine"
+    normalisation: Annotated[
+        Literal["parts", "places"],
+        "Of attention: the parts share each patch, or each part gives the same to all patches.",
+    ] = "parts"
     blur: Annotated[
         float,
         "Standard deviation of the blur, patches: of the maps and, inside an object mask, of the "
@@ -125,6 +134,9 @@ class LearnPartsOptions(TrainingOptions):
         float, "Of finding the same parts in a random crop of each image, mirrored by half."
     ] = 0.0
     decoder_width: Annotated[int, "Channels of the pixel decoder's first layer."] = 64
+    decoder_upsamplings: Annotated[
+        int, "Doublings of the resolution in it: 2 gives 4 x 4 pixels a patch."
+    ] = 2
     decoder_noise: Annotated[bool, "Per-layer noise in the pixel decoder."] = False
     sample_images: Annotated[int, "Images that statistics and k-means starts come from."] = 2000
     place_images: Annotated[
@@ -157,6 +169,8 @@ class LearnPartsOptions(TrainingOptions):
         )
         for name in whole:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        doublings = self.decoder_upsamplings
+        require(0 <= doublings <= 6, "decoder_upsamplings", doublings, "0 to 6")
         require(self.cached_images >= 0, "cached_images", self.cached_images, "0 or more")
         parse_reading(self.blocks, self.facet, self.pooled)
         require(self.class_share >= 0, "class_share", self.class_share, "0 or more")
@@ -212,10 +226,13 @@ class LearnPartsOptions(TrainingOptions):
             "look_temperature": self.look_temperature,
             "class_share": self.class_share,
             "temperature": self.temperature,
+            "similarity": self.similarity,
+            "normalisation": self.normalisation,
             "blur": self.blur,
             "affinity": self.affinity,
             "pixel_decoder": self.variant in LEARNED and self.rebuilds_pixels,
             "decoder_width": self.decoder_width,
+            "decoder_upsamplings": self.decoder_upsamplings,
             "decoder_noise": self.decoder_noise,
         }
         return PartArchitecture(width=width, **{**settings, **measured})

@@ -10,6 +10,7 @@ from torch import Tensor
 from semmae.errors import SettingError
 from semmae.models.encoders import Tokens
 from semmae.models.part_scores import (
+    Attending,
     AttentionHeads,
     GridCells,
     ImageCentres,
@@ -53,6 +54,47 @@ def images(count: int = 2) -> Tensor:
 def patches(points: Tensor, objects: Tensor | None = None) -> Patches:
     weights = torch.ones(points.shape[:2]) if objects is None else objects
     return Patches(points, torch.zeros(len(points), 1), torch.zeros(len(points), 1, 1), weights)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("normalisation", ["parts", "places"])
+def test_attending__is_attention_whose_rows_are_shared_out(
+    similarity: Any, normalisation: Any
+) -> None:
+    torch.manual_seed(0)
+    features, queries = torch.randn(2, 12, WIDTH), torch.randn(2, 3, WIDTH)
+    objects = (torch.arange(12) < 8).float().expand(2, -1)
+    products = torch.einsum("bnd,bld->bnl", queries, features)
+    if similarity == "cosine":
+        products /= queries.norm(dim=2)[:, :, None] * features.norm(dim=2)[:, None]
+    else:
+        products /= WIDTH**0.5
+    expected = (products / 0.5).exp()
+    if normalisation == "places":
+        expected /= expected[:, :, :8].sum(dim=2, keepdim=True)
+    expected /= expected.sum(dim=1, keepdim=True)
+    shares = Attending(0.5, similarity, normalisation).shares(queries, patches(features, objects))
+    torch.testing.assert_close(shares, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_attending__over_places_leaves_no_part_without_patches() -> None:
+    # All patches are most like the first token.  Over places both parts have the same to give, so
+    # the first cannot have more at all of them.
+    features = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [1.0, 0.3]]])
+    queries = torch.tensor([[[1.0, 0.1], [0.0, 1.0]]])
+    owners = {
+        over: Attending(0.1, normalisation=over).shares(queries, patches(features)).argmax(dim=1)
+        for over in ("parts", "places")
+    }
+    assert owners["parts"].tolist() == [[0, 0, 0, 0]]
+    assert set(owners["places"].flatten().tolist()) == {0, 1}
+
+
+def test_attending__over_places_bears_an_image_without_objects() -> None:
+    features, queries = torch.randn(1, 12, WIDTH), torch.randn(1, 3, WIDTH)
+    nothing = patches(features, torch.zeros(1, 12))
+    shares = Attending(0.1, normalisation="places").shares(queries, nothing)
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(1, 12))
 
 
 @pytest.mark.parametrize("variant", BASELINES)
