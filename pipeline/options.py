@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -232,6 +233,19 @@ def refuse_difference(
             f"the {kind} run in {run} was started otherwise: {'; '.join(differing)}; "
             "take the old values, or another --output for a new run"
         )
+
+
+def parse_sides(option: int | str) -> tuple[int, int]:
+    """(down, across) of the side of a square, such as 14, or of two such as ``"14x20"``.
+
+    Args:
+        option: Numbers may come as text.
+
+    Returns:
+        (-1, -1) where it is neither.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,5})(?:\s*x\s*([0-9]{1,5}))?\s*", str(option))
+    return (int(match[1]), int(match[2] or match[1])) if match else (-1, -1)
 
 
 def choose_device(name: str) -> "torch.device":

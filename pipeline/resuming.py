@@ -12,12 +12,14 @@ from .options import TrainingOptions, plain_options, refuse_difference
 from .tasks import Task
 
 
-def state_to_resume(task: Task, options: TrainingOptions) -> dict[str, Any] | None:
-    """The newest checkpoint, found to be one of this very run; None for a new run.
+def run_to_resume(kind: str, options: TrainingOptions) -> dict[str, Any] | None:
+    """The newest checkpoint, found to be of a run of this configuration; None for a new run.
+
+    What can be refused before the data are read; `state_to_resume` refuses the rest.
 
     Raises:
         SettingError: The folder holds a run, and it is not to be resumed.
-        MismatchError: The run there has another kind, configuration or data.
+        MismatchError: The run there has another kind or configuration.
         DamageError: Its newest checkpoint cannot be read.
     """
     found = checkpoints(options.output)
@@ -34,9 +36,22 @@ def state_to_resume(task: Task, options: TrainingOptions) -> dict[str, Any] | No
     except DamageError as error:
         before = f"go on from {found[-2][1].name}" if len(found) > 1 else "begin again"
         raise DamageError(f"{error}; remove that file to {before}") from error
-    _refuse_kind(str(state.get("kind")), task.kind, options.output)
+    _refuse_kind(str(state.get("kind")), kind, options.output)
     now = plain_options(options)
-    refuse_difference(options.output, task.kind, state["options"], now, options=True)
+    refuse_difference(options.output, kind, state["options"], now, options=True)
+    return state
+
+
+def state_to_resume(task: Task, options: TrainingOptions) -> dict[str, Any] | None:
+    """The newest checkpoint, found to be one of this very run; None for a new run.
+
+    Raises:
+        SettingError, DamageError: As `run_to_resume`.
+        MismatchError: The run there has another kind, configuration or data.
+    """
+    state = run_to_resume(task.kind, options)
+    if state is None:
+        return None
     architecture = state["architecture"]
     refuse_difference(options.output, task.kind, architecture, task.architecture, options=False)
     if state["data"] != task.data.fingerprint:

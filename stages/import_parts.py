@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..errors import MissingError, SettingError
 from ..pipeline.cached_images import RECIPES, kept_image
 from ..pipeline.image_loading import LoadedImage, load_image
-from ..pipeline.options import require
+from ..pipeline.options import parse_sides, require
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
 from ..pipeline.sources import ImageReader, Split, list_images
@@ -55,7 +55,7 @@ class ImportPartsOptions:
     data: Annotated[str, "Images: a folder, Parquet or tars, or a URL."]
     output: Annotated[StorePath, "Folder or URL of the part store."]
     split: Annotated[Split, "Which images of the data."] = "train"
-    grid: Annotated[int, "Patches of a part map, down and across."] = 14
+    grid: Annotated[str, "Patches of a part map: 14, or 14x20 (down x across)."] = "14"
     background: Annotated[int, "Label of the background; -1: there is none."] = 0
     num_parts: Annotated[
         int | None, "Parts, background included; default: the largest label + 1."
@@ -72,7 +72,8 @@ class ImportPartsOptions:
         Raises:
             SettingError: A field is out of range.
         """
-        require(1 <= self.grid <= 256, "grid", self.grid, "1 to 256")
+        fits = all(1 <= side <= 256 for side in self.patches)
+        require(fits, "grid", self.grid, "1 to 256, or two such as 14x20 (down x across)")
         require(self.cache_images >= 0, "cache_images", self.cache_images, "0 or more")
         require(self.decode_threads >= 1, "decode_threads", self.decode_threads, "at least 1")
         if self.num_parts is not None:
@@ -82,6 +83,16 @@ class ImportPartsOptions:
         top = (self.num_parts or UNLABELLED) - 1
         expected = f"a label, 0 to {top}, or -1 for none"
         require(-1 <= self.background <= top, "background", self.background, expected)
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        """(h, w)."""
+        return parse_sides(self.grid)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) that label images are squashed to, pixels."""
+        return PATCH * self.patches[0], PATCH * self.patches[1]
 
 
 class _PatchLabels(NamedTuple):
@@ -106,7 +117,7 @@ def _image_labels(
     options: ImportPartsOptions, reader: ImageReader, index: int, key: str
 ) -> _PatchLabels:
     """The labels of one image; those of a bad image that has no label image are all 0."""
-    grid = (options.grid, options.grid)
+    grid = options.patches
     path = label_path(options.labels, key)
     try:
         data = read_label_file(path)
@@ -123,7 +134,7 @@ def _image_labels(
             f"the label image {path} holds label {largest}, but {cause} labels 0 to {limit - 1}: "
             "write it anew, or give a --num-parts that is large enough (at most 255)"
         )
-    squashed = squash_labels(label_map, (PATCH * options.grid, PATCH * options.grid))
+    squashed = squash_labels(label_map, options.image_size)
     labels = patch_labels(squashed, grid)
     share = label_share(squashed, labels)
     return _PatchLabels(labels, share, largest, hashlib.sha256(data).digest())
@@ -137,7 +148,7 @@ def _read_labels(
     The labels stay in memory until they are, h w bytes an image (251 MB for ImageNet at 14 x 14).
     """
     images, keys = len(reader), reader.plan.keys
-    labels = np.empty((images, options.grid, options.grid), dtype=np.uint8)
+    labels = np.empty((images, *options.patches), dtype=np.uint8)
     shares = np.empty(images, dtype=np.float32)
     largest, digest = 0, hashlib.sha256(_HASH_LAYOUT)
     # By shards: a pool takes all it is given at once, and a million waiting calls are a gigabyte.
@@ -164,10 +175,10 @@ def _identity_of(options: ImportPartsOptions, plan: Plan, found: _LabelSet) -> S
     return StoreIdentity(
         images=len(plan),
         shard_size=shard_size_for(len(plan)),
-        grid=(options.grid, options.grid),
+        grid=options.patches,
         parts=parts,
         background=None if options.background < 0 else options.background,
-        image_size=(PATCH * options.grid, PATCH * options.grid),
+        image_size=options.image_size,
         batch_size=1,
         dtype="uint8",
         device_type="cpu",

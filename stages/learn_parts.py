@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from ..errors import MismatchError, SettingError
+from ..errors import SettingError
 from ..models.encoders import FrozenEncoder, Tokens
 from ..models.parts import LEARNED, PartArchitecture, PartLearner, Variant
 from ..models.readings import Facet
@@ -18,11 +18,10 @@ from ..pipeline.image_source import ImageSource
 from ..pipeline.launching import launch
 from ..pipeline.loaders import SquashedData
 from ..pipeline.options import TrainingOptions, choose_device, require
-from ..pipeline.resuming import refuse_foreign_folder
+from ..pipeline.resuming import refuse_foreign_folder, run_to_resume
 from ..pipeline.sources import Split, list_images
 from ..pipeline.training import fit, keep
 from ..pipeline.wandb_log import refuse_missing_wandb
-from ..storage.checkpoints import checkpoints, load_checkpoint
 from .networks import (
     ENCODER_FILE,
     Weights,
@@ -290,26 +289,6 @@ class LearnPartsOptions(TrainingOptions):
         return self.by_places or self.background_kind == "predicted"
 
 
-def _recorded(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, which must be a part learner's."""
-    state = load_checkpoint(path)
-    if state.get("kind") != PartLearning.kind:
-        raise MismatchError(
-            f"{path.parent.parent} holds a run of kind {state.get('kind')!r}: choose another "
-            "--output for the part learner"
-        )
-    return state
-
-
-def _refuse_other_size(state: dict[str, Any], size: tuple[int, int], output: Path) -> None:
-    height, width = state["architecture"]["image_size"]
-    if (height, width) != size:
-        raise MismatchError(
-            f"{output} holds a part learner of images of {height}x{width} pixels, and "
-            f"--image-size asks for {size[0]}x{size[1]}: set it back, or choose another --output"
-        )
-
-
 def learn_parts(options: LearnPartsOptions) -> Path:
     """Learn parts, or go on where an earlier call was interrupted.
 
@@ -330,12 +309,11 @@ def _learn_parts(options: LearnPartsOptions) -> Path:
     count = max(options.sample_images, options.cached)
     if learned:  # a batch larger than the data is refused before anything is encoded
         options.schedule(min(count if options.cached else len(images), len(images)))
-    found = checkpoints(options.output)
-    state = _recorded(found[-1][1]) if found else None
+    state = run_to_resume(PartLearning.kind, options)
     # A run goes on with the encoder that it began with, whatever the path holds now.
     encoder = (
         open_encoder(str(options.output / ENCODER_FILE))
-        if found
+        if state
         else open_encoder(
             options.encoder,
             parse_reading(options.blocks, options.facet, options.pooled),
@@ -345,8 +323,7 @@ def _learn_parts(options: LearnPartsOptions) -> Path:
     size = image_size_of(options.image_size, encoder.native_size, encoder.patch_size)
     learner = None
     if state is not None:
-        _refuse_other_size(state, size, options.output)
-        learner = learner_of(state, found[-1][1])
+        learner = learner_of(state, options.output)
     encoder.to(choose_device(options.device))
     tokens = None
     if options.cached or learner is None:

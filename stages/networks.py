@@ -23,6 +23,7 @@ from ..models.parts import PartArchitecture, PartLearner
 from ..models.readings import DEFAULT_READING, Facet, Reading
 from ..models.vision import IMAGENET_MEAN, IMAGENET_STD
 from ..models.warm_start import Start, start_of
+from ..pipeline.options import parse_sides
 from ..storage.checkpoints import file_hash, load_checkpoint, resolve_checkpoint
 from ..storage.files import write_atomically
 
@@ -289,14 +290,13 @@ def parse_image_size(option: int | str, also: str = "") -> tuple[int, int]:
     Raises:
         SettingError: The text is neither.
     """
-    match = re.fullmatch(r"\s*([0-9]{1,5})(?:\s*x\s*([0-9]{1,5}))?\s*", str(option))
-    height, width = (int(match[1]), int(match[2] or match[1])) if match else (-1, -1)
-    if min(height, width) < (0 if also and match and match[2] is None else 1):
+    size = parse_sides(option)
+    if min(size) < 1 and not (also and str(option).strip() == "0"):
         raise SettingError(
             f"--image-size is {option!r}: expected the pixels of a square such as 224, or height x "
             f"width such as 224x320{also}"
         )
-    return height, width
+    return size
 
 
 def image_size_of(

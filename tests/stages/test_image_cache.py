@@ -196,7 +196,7 @@ def test_import_parts__keeps_the_images_as_an_extraction_does(
 ) -> None:
     extracted = lasting_bytes({"jpeg": jpeg_store, "raw": raw_store}[form])
     options = ImportPartsOptions(
-        labels=world.labels, data=world.data, output=tmp_path / "true", grid=4, decode_threads=3
+        labels=world.labels, data=world.data, output=tmp_path / "true", grid="4", decode_threads=3
     )
     import_parts(options)
     kept = replace(
@@ -221,7 +221,7 @@ def test_repair_parts__of_an_imported_store_mends_its_cache(world: World, tmp_pa
     first = min((data / "train").rglob("*.png"))
     first.write_bytes(b"not an image at all\n")
     options = ImportPartsOptions(
-        labels=world.labels, data=str(data), output=tmp_path / "true", grid=4, cache_images=SIDE
+        labels=world.labels, data=str(data), output=tmp_path / "true", grid="4", cache_images=SIDE
     )
     import_parts(options)
     sound = lasting_bytes(tmp_path / "true")

@@ -280,7 +280,7 @@ def test_import_parts__of_a_shard_done_again_refuses_a_changed_image(
     world: World, data: Path, keys: list[str], tmp_path: Path
 ) -> None:
     options = ImportPartsOptions(
-        labels=world.labels, data=str(data), output=tmp_path / "true", grid=4
+        labels=world.labels, data=str(data), output=tmp_path / "true", grid="4"
     )
     import_parts(options)
     change(data / keys[40])

@@ -31,7 +31,7 @@ from semmae.tests.world import World, lasting_bytes, pretrain_options
 
 
 def options_for(world: World, output: Path, **changes: object) -> ImportPartsOptions:
-    plain = ImportPartsOptions(labels=world.labels, data=world.data, output=output, grid=4)
+    plain = ImportPartsOptions(labels=world.labels, data=world.data, output=output, grid="4")
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
@@ -68,7 +68,7 @@ def few(tmp_path: Path) -> ImportPartsOptions:
         labels=tmp_path / "labels",
         data=str(tmp_path / "images"),
         output=tmp_path / "store",
-        grid=2,
+        grid="2",
     )
 
 
@@ -89,18 +89,22 @@ def test_import_parts__holds_the_majority_label_of_each_patch(world: World, impo
     assert store.identity.preprocessing == {"geometry": "squash", "labels": "majority"}
 
 
+@pytest.mark.parametrize(("grid", "shape"), [("2", (2, 2)), ("2x3", (2, 3)), ("5x1", (5, 1))])
 def test_import_parts__labels_of_another_size_than_the_grid_follow_the_slow_loop(
-    few: ImportPartsOptions,
+    few: ImportPartsOptions, grid: str, shape: tuple[int, int]
 ) -> None:
+    few = replace(few, grid=grid)
     import_parts(few)
     store = PartStore.open(few.output)
-    side = 2 * PATCH
+    assert store.identity.grid == shape
+    (h, w), (height, width) = shape, (shape[0] * PATCH, shape[1] * PATCH)
+    assert store.identity.image_size == (height, width)
     for row, name in enumerate("abcd"):
         values = np.asarray(Image.open(few.labels / "train" / f"{name}.png")).tolist()
-        votes: list[list[list[int]]] = [[[0] * 5 for _ in range(2)] for _ in range(2)]
-        for y in range(side):
-            for x in range(side):
-                label = values[(2 * y + 1) * 8 // (2 * side)][(2 * x + 1) * 12 // (2 * side)]
+        votes: list[list[list[int]]] = [[[0] * 5 for _ in range(w)] for _ in range(h)]
+        for y in range(height):
+            for x in range(width):
+                label = values[(2 * y + 1) * 8 // (2 * height)][(2 * x + 1) * 12 // (2 * width)]
                 votes[y // PATCH][x // PATCH][label] += 1
         expected = [[cell.index(max(cell)) for cell in line] for line in votes]
         assert store.labels()[row].tolist() == expected
@@ -275,18 +279,25 @@ def test_import_parts__background_is_none_or_a_label(few: ImportPartsOptions) ->
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"grid": 0}, {"grid": 257}, {"decode_threads": 0}, {"num_parts": 0}),
+        *(
+            {"grid": "0"},
+            {"grid": "14x257"},
+            {"grid": "14x"},
+            {"grid": 257},
+            {"decode_threads": 0},
+            {"num_parts": 0},
+        ),
         {"cache_images": -1},
         *({"num_parts": 256}, {"background": -2}, {"background": 255}),
         {"num_parts": 3, "background": 3},
     ],
 )
 def test_import_parts__settings_out_of_range_are_named(
-    few: ImportPartsOptions, changes: dict[str, int]
+    few: ImportPartsOptions, changes: dict[str, Any]
 ) -> None:
     flag = "--" + list(changes)[-1].replace("_", "-")
     with pytest.raises(SettingError, match=f"{flag} is {list(changes.values())[-1]}: expected"):
-        replace(few, **changes)  # type: ignore[arg-type]
+        replace(few, **changes)
 
 
 def test_import_parts__labels_of_rows_of_parquet(few: ImportPartsOptions, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -229,15 +229,28 @@ def test_part_order__does_not_hang_on_the_numbering(by: Literal["area", "directi
         assert part_order(centres, assigned, by).tolist() == [3, 1, 4, 0, 2]
 
 
-def test_learn_parts__refuses_to_go_on_with_another_image_size(
-    world: World, tmp_path: Path
+@pytest.mark.parametrize(
+    ("changes", "error", "told"),
+    [
+        ({"image_size": "48"}, MismatchError, "--image-size was 0, is 48"),
+        ({"num_parts": 5}, MismatchError, "--num-parts was 3, is 5"),
+        ({"resume": "never"}, SettingError, "holds a run already"),
+    ],
+)
+def test_learn_parts__refuses_to_go_on_before_anything_is_read(
+    world: World,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    error: type[Exception],
+    told: str,
 ) -> None:
-    learn_parts(learn_options(world, tmp_path / "run", cached_images=20, sample_images=20))
-    other = learn_options(
-        world, tmp_path / "run", cached_images=20, sample_images=20, image_size="48"
-    )
-    with pytest.raises(MismatchError, match="of images of 32x32 pixels"):
-        learn_parts(other)
+    settings = {"cached_images": 20, "sample_images": 20, "num_parts": 3}
+    learn_parts(learn_options(world, tmp_path / "run", **settings))
+    assert "reading tokens" in capsys.readouterr().err
+    with pytest.raises(error, match=told):
+        learn_parts(learn_options(world, tmp_path / "run", **settings | changes))
+    assert "reading" not in capsys.readouterr().err
 
 
 def test_learn_parts__a_batch_may_be_of_all_cached_images(world: World, tmp_path: Path) -> None:

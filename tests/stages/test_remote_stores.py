@@ -271,7 +271,7 @@ def test_import_parts__to_s3_writes_the_bytes_of_the_local_store(
     world: World, output: StorePath, direct_s3: S3Server, tmp_path: Path
 ) -> None:
     options = ImportPartsOptions(
-        labels=world.labels, data=world.data, output=tmp_path / "store", grid=4
+        labels=world.labels, data=world.data, output=tmp_path / "store", grid="4"
     )
     import_parts(options)
     import_parts(replace(options, output=output))

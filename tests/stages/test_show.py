@@ -115,7 +115,9 @@ def test_parts_info__counts_images_and_parts(world: World) -> None:
 
 def test_parts_info__says_where_imported_parts_come_from(world: World, tmp_path: Path) -> None:
     import_parts(
-        ImportPartsOptions(labels=world.labels, data=world.data, output=tmp_path / "store", grid=4)
+        ImportPartsOptions(
+            labels=world.labels, data=world.data, output=tmp_path / "store", grid="4"
+        )
     )
     assert str(parts_info(tmp_path / "store")["made by"]).startswith("label images ")
 
