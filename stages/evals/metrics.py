@@ -249,7 +249,7 @@ def fixed_grid(h: int, w: int, cells: int) -> NDArray[np.int64]:
     widths = _row_lengths(max(cells, 1), rows)
     if cells < 1 or h < rows or w < max(widths):
         raise SettingError(
-            f"metrics: a grid of {h} x {w} patches cannot be cut into {cells} cells in "
+            f"a grid of {h} x {w} patches cannot be cut into {cells} cells in "
             f"{rows} rows; use fewer cells or a finer grid."
         )
     row_of = np.arange(h) * rows // h

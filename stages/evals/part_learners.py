@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
-from ...errors import MissingError
+from ...errors import MissingError, SettingError
 from ...models.parts import PartLearner
 from ...pipeline.image_source import ImageSource, drawn
 from ...pipeline.options import choose_device
@@ -71,7 +71,7 @@ def measure_learner(options: "PartsOptions") -> dict[str, float]:
         MissingError: Learner, data or labels are not there, or no image can be read.
         DamageError: A label image is none.
         MismatchError: No true label is foreground.
-        SettingError: It is no part learner, or there are too few patches for a baseline.
+        SettingError: It is no part learner.
     """
     assert options.learner is not None
     assert options.data is not None
@@ -90,8 +90,12 @@ def measure_learner(options: "PartsOptions") -> dict[str, float]:
     if options.baselines:
         for baseline in BASELINES:
             tokens = whole.tokens["whole"]
-            made = beside(trained.learner, tokens, trained.grid, baseline, options.seed)
-            subjects[baseline] = made.to(device)
+            try:
+                made = beside(trained.learner, tokens, trained.grid, baseline, options.seed)
+            except SettingError as error:  # what was asked for is the learner
+                print(f"the baseline {baseline} is left out: {error}", file=sys.stderr)
+            else:
+                subjects[baseline] = made.to(device)
     moved = session.views(images, whole.positions, MOVED, "reading other views")
     found = parts_of(subjects, whole, moved, trained.grid, options.feature_batch)
     metrics: dict[str, float] = {}

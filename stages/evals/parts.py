@@ -101,7 +101,8 @@ def measure_parts(options: PartsOptions) -> dict[str, float]:
           patches: those not background, by the true labels or else by the learner.
         - Of baselines the same under ``kmeans.``, ``bare_kmeans.``, ``image_kmeans.``, ``colour.``,
           ``attention.`` and ``grid.``; for a store the agreement with true labels of ``colour.``
-          (no background set apart) and ``grid.`` alone.
+          (no background set apart) and ``grid.`` alone.  One that cannot be, as a grid of too few
+          patches for its cells, is left out, and standard error says why.
         - ``probe.fg_nmi``, ``probe.fg_ari``, ``probe.accuracy``: see `part_probe`.
         - ``bad_images``, a count: images that cannot be read and are left out, if there are any.
 
@@ -109,7 +110,7 @@ def measure_parts(options: PartsOptions) -> dict[str, float]:
         MissingError: Learner, store, data or labels are not there.
         MismatchError: A store holds no good image, or was made from other images; or no true label
             is foreground.
-        SettingError: The learner is none, or there are too few patches for a baseline.
+        SettingError: The learner is none.
         DamageError: A label image is none.
     """
     return _measure_store(options) if options.learner is None else measure_learner(options)
@@ -142,14 +143,19 @@ def _beside_store(
     plan: Plan, chosen: NDArray[np.int64], true: Labels, parts: int
 ) -> dict[str, float]:
     """Agreement of a fixed grid and of colour regions with the true parts."""
-    grid = (true.shape[1], true.shape[2])
-    cells = np.broadcast_to(fixed_grid(*grid, parts), (len(true), grid[0] * grid[1]))
+    grid, found = (true.shape[1], true.shape[2]), {}
+    try:
+        cells = np.broadcast_to(fixed_grid(*grid, parts), (len(true), grid[0] * grid[1]))
+    except SettingError as error:  # what was asked for is the store
+        print(f"the baseline grid is left out: {error}", file=sys.stderr)
+    else:
+        found = prefixed("grid", against(cells, true))
     good, colours = _patch_colours(plan, chosen, grid)
     everywhere = torch.ones(colours.shape[:2])
     regions = kmeans_inside_images(colours, everywhere, parts).numpy()
     bad = {} if good.all() else {"bad_images": float((~good).sum())}
     return {
-        **prefixed("grid", against(cells, true)),
+        **found,
         **prefixed("colour", against(regions, true[good])),
         **bad,
     }

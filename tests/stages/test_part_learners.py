@@ -3,6 +3,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,11 +25,13 @@ from semmae.stages.evals.parts import (
     parts_hash,
     store_hash,
 )
+from semmae.stages.import_parts import ImportPartsOptions, import_parts
 from semmae.stages.label_images import true_labels
+from semmae.stages.learn_parts import learn_parts
 from semmae.stages.networks import open_learner
 from semmae.storage.part_store import PartStore
 from semmae.storage.results import read_results
-from semmae.tests.world import World
+from semmae.tests.world import World, learn_options
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +84,23 @@ def test_measure_parts__a_learner_and_its_store_agree_on_the_same_images(
     assert {"fg_nmi", "in_image_fg_ari", "coherence", "true.coherence"} <= shared
     for name in shared:
         assert of_learner[name] == pytest.approx(of_store[name], abs=1), name
+
+
+def test_measure_parts__leaves_out_a_baseline_that_cannot_be(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learner = learn_parts(learn_options(world, tmp_path / "learner", num_parts=19))
+    of_learner = measure_parts(
+        options_for(world, tmp_path, learner=learner.parent.parent, probe_images=0, images=9)
+    )
+    given: dict[str, Any] = {"labels": world.labels, "data": world.data}
+    import_parts(ImportPartsOptions(**given, output=tmp_path / "store", grid="4", num_parts=20))
+    of_store = measure_parts(PartsOptions(**given, parts=tmp_path / "store", output=tmp_path))
+    told = capsys.readouterr().err
+    for metrics in (of_learner, of_store):
+        assert [name for name in metrics if name.startswith("colour.")]
+        assert not [name for name in metrics if name.startswith("grid.")]
+    assert told.count("the baseline grid is left out: a grid of 4 x 4 patches cannot be cut") == 2
 
 
 def test_measure_parts__the_sample_follows_the_seed_for_stores(
