@@ -34,7 +34,7 @@ from semmae.stages.evals.part_probe import probe_parts
 from semmae.stages.evals.part_views import EncodedViews, View, encoded_views, joined
 from semmae.stages.learn_parts import LearnPartsOptions
 from semmae.stages.networks import image_size_of, open_encoder
-from semmae.stages.part_rounds import Looks, later_rounds, sample_looks
+from semmae.stages.part_rounds import Looks, goes_on, later_rounds, sample_looks
 from semmae.stages.part_start import position_share, started_learner, voting_learner
 from semmae.stages.part_training import CachedTokens, PartLearning
 from semmae.stages.place_learning import learn_places, sample_place_views
@@ -50,6 +50,10 @@ VARIANTS: dict[str, dict[str, object]] = {
     "kmeans by places": {"variant": "kmeans", "told_by": "places"},
     "voted background": {"background": "voted"},
     "paper": {"variant": "paper"},
+    "paper, over places": {"variant": "paper", "normalisation": "places"},
+    "paper, dot products": {"variant": "paper", "similarity": "dot", "temperature": 1.0},
+    "over places": {"normalisation": "places"},
+    "dot products": {"similarity": "dot"},
     "paper, predicted background": {"variant": "paper", "background": "predicted"},
     "perceptual 1": {"perceptual_weight": 1.0},
     "consistency 1": {"consistency_weight": 1.0},
@@ -139,7 +143,7 @@ class Bench:
         tokens = self.train.tokens["whole"]
         places = self.places(seed) if options.learns_places else None
         learner = started_learner(tokens, self.grid, options, places)
-        if options.rounds > 1 and learner.architecture.told_by == "predictor":
+        if goes_on(learner, options):
             device = self.encoder.mean.device
             learner = later_rounds(learner, self.looks(seed), tokens, options, device)
         if options.variant not in LEARNED:

@@ -103,10 +103,10 @@ def learn_encoder(options: LearnEncoderOptions) -> Path:
 
 
 def _learn_encoder(options: LearnEncoderOptions) -> Path:
+    refuse_missing_wandb(options)
     refuse_foreign_folder(options.output, PredictingAppearances.kind)
     images = ImageSource(list_images(options.data, options.split))
     options.schedule(len(images))  # refuses what cannot be before anything is trained
-    refuse_missing_wandb(options)
     data = SquashedData(images, (options.image_size, options.image_size))
     begun = bool(checkpoints(options.output))
     words = torch.zeros(options.prototypes, FEATURES)  # a checkpoint holds its own

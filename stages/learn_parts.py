@@ -30,7 +30,7 @@ from .networks import (
     open_encoder,
     parse_reading,
 )
-from .part_rounds import later_rounds, sample_looks
+from .part_rounds import goes_on, later_rounds, sample_looks
 from .part_start import sample_tokens, started_learner, voting_learner
 from .part_training import CachedTokens, PartLearning
 from .place_learning import LEAST_TOLD, learn_places, sample_place_views
@@ -377,12 +377,8 @@ def _started(
         print("that is too little for parts to be told by places", file=sys.stderr)
         options = replace(options, told_by="tokens")
     learner = started_learner(tokens, grid, options, places)
-    if options.rounds == 1 or learner.architecture.told_by == "tokens":
+    if not goes_on(learner, options):
         return learner
-    if options.variant == "image-kmeans":
-        return learner  # what is part 3 in one image says nothing of other images
-    if learner.architecture.background == "none":
-        options = replace(options, background="none")
     looks = sample_looks(encoder, images, size, options.place_images, options.seed)
     return later_rounds(learner, looks, tokens, options, encoder.mean.device)
 

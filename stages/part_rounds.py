@@ -162,6 +162,16 @@ def learn_parts_again(
     return model
 
 
+def goes_on(learner: PartLearner, options: "LearnPartsOptions") -> bool:
+    """Whether a learner of the first round is followed by later ones.
+
+    Not where patches are told by their tokens, nor with ``image-kmeans``: what is part 3 in one
+    image says nothing of other images.
+    """
+    by_predictor = learner.architecture.told_by == "predictor"
+    return options.rounds > 1 and by_predictor and options.variant != "image-kmeans"
+
+
 def later_rounds(
     learner: PartLearner,
     looks: Looks,
@@ -172,14 +182,16 @@ def later_rounds(
     """The learner of the last round, at its start.
 
     Args:
-        learner: Of the first round.
+        learner: Of the first round; without a background if it found none.
         looks: At images of the data.
         tokens: Of a sample of the data, for `started_learner`.
-        options: The learner's settings; the background may be what the first round left of it.
+        options: The learner's settings.
         device: Where to compute.
     """
     parts, predictor = learner.architecture.parts, None
-    options = replace(options, look_rounds=min(options.rounds_of_looks, LOOK_ROUNDS))
+    look_rounds = min(options.rounds_of_looks, LOOK_ROUNDS)
+    background = learner.architecture.background
+    options = replace(options, look_rounds=look_rounds, background=background)
     for number in range(2, options.rounds + 1):
         print(f"round {number} of {options.rounds}", file=sys.stderr)
         lessons = lessons_of(learner, looks, device)
