@@ -3,13 +3,14 @@
 Run it::
 
     python -m semmae.benchmarks.pretraining_step [--size base] [--batch 8] [--rounds 9]
-        [--precision fp32]
+        [--precision fp32] [--compile]
 
 A step is loss, gradients and AdamW; its FLOPs are counted as training counts them for its logs.
 The plain step is MAE's as it is usually written: a convolution embeds all patches, decoder and loss
 see all of them, AdamW goes through lists of tensors, and the faster of timm's two attention paths
 is taken.  The limit is every matrix product of our step, forward and backward, attention's among
-them, and nothing else.  All are timed in turn, one thread, CPU time; GPUs by events.
+them, and nothing else.  With ``--compile`` ours is also timed compiled, as ``stage2 pretrain
+--compile`` computes it.  All are timed in turn, one thread, CPU time; GPUs by events.
 """
 
 import argparse
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(given.device)
@@ -191,6 +193,13 @@ def main() -> None:
         "plain, plain attention": with_attention(usual, plain, False),
         "limit": limit(step, device),
     }
+    if given.compile:
+        compiled = MaskedAutoencoder(shape)
+        compiled.patch_losses = torch.compile(compiled.patch_losses)  # type: ignore[method-assign]
+        began = time.monotonic()
+        subjects["compiled"] = stepper(compiled, given, fused=True)
+        subjects["compiled"]()
+        print(f"compiled in {time.monotonic() - began:.0f} s")
     taken: dict[str, list[float]] = {name: [] for name in subjects}
     for turn in range(given.rounds + 1):
         for name, run in subjects.items():
@@ -206,6 +215,9 @@ def main() -> None:
     print(f"{own.mean() / given.batch * 1e3:.1f} ms an image")
     print(f"{done / given.batch:.4f} TFLOP an image, {done / own.mean():.3f} TFLOP/s")
     print(f"over the plain step ({best}): {interval((np.array(taken[best]) / own).tolist())}")
+    if given.compile:
+        ratios = np.array(taken[best]) / np.array(taken["compiled"])
+        print(f"compiled, over the plain step: {interval(ratios.tolist())}")
     print(f"share of the limit: {interval((np.array(taken['limit']) / own).tolist())}")
 
 
