@@ -112,10 +112,10 @@ class Bench:
     val: EncodedViews
     moved: EncodedViews
     truth: Evidence
-    place_images: int
+    settings: dict[str, Any]
 
     def _options(self, seed: int, **changes: object) -> LearnPartsOptions:
-        settings: dict[str, Any] = {"place_images": self.place_images, **changes}
+        settings: dict[str, Any] = {**self.settings, **changes}
         return LearnPartsOptions(data="", encoder="", output=Path(), seed=seed, **settings)
 
     @cache  # noqa: B019 - lives as long as the bench
@@ -124,9 +124,8 @@ class Bench:
         options = self._options(seed)
         tokens = self.train.tokens["whole"]
         voter = voting_learner(tokens, self.grid, options)
-        views = sample_place_views(
-            self.encoder, voter, self.train_images, self.size, self.place_images, seed
-        )
+        count = options.place_images
+        views = sample_place_views(self.encoder, voter, self.train_images, self.size, count, seed)
         device = self.encoder.mean.device
         steps = options.place_steps
         return learn_places(views, tokens.patches, self.grid, steps, seed, device)[0]
@@ -134,7 +133,8 @@ class Bench:
     @cache  # noqa: B019
     def looks(self, seed: int) -> Looks:
         """Whole images and crops for later rounds, the same for all variants."""
-        return sample_looks(self.encoder, self.train_images, self.size, self.place_images, seed)
+        count = self._options(seed).place_images
+        return sample_looks(self.encoder, self.train_images, self.size, count, seed)
 
     @cache  # noqa: B019
     def learned(self, variant: str, seed: int) -> PartLearner:
@@ -185,9 +185,9 @@ def bench(
     labels: Path | None,
     train: int,
     val: int,
-    place_images: int,
+    settings: dict[str, Any],
 ) -> Bench:
-    """Read all tokens and labels."""
+    """Read all tokens and labels; ``settings`` are of all learners."""
     patch = encoder.patch_size
     grid = (size[0] // patch, size[1] // patch)
 
@@ -210,7 +210,7 @@ def bench(
         views,
         replace(views, tokens={view: views.tokens[view] for view in moved}),
         truth,
-        place_images,
+        settings,
     )
 
 
@@ -246,14 +246,16 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, default=2000)
     parser.add_argument("--val-images", type=int, default=1000)
     parser.add_argument("--place-images", type=int, default=4000)
+    parser.add_argument("--rounds", type=int, default=3, help="of variants that say nothing else")
     given = parser.parse_args()
     names = given.variants.split(",")
     if unknown := sorted(set(names) - VARIANTS.keys()):
         parser.error(f"no variant {', '.join(unknown)}: there are {', '.join(VARIANTS)}")
     encoder = open_encoder(given.encoder)
-    counts = given.train_images, given.val_images, given.place_images
+    counts = given.train_images, given.val_images
+    settings = {"place_images": given.place_images, "rounds": given.rounds}
     size = image_size_of(given.image_size, encoder.native_size, encoder.patch_size)
-    made = bench(encoder, size, given.data, given.labels, *counts)
+    made = bench(encoder, size, given.data, given.labels, *counts, settings)
     tokens = made.train.tokens["whole"]
     print(f"place explains {position_share(tokens.patches):.0%} of the tokens' variance")
     print(" " * 22 + "".join(f"{head:>{max(len(head) + 1, 8)}}" for head in COLUMNS))

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import SettingError
 from ..models.appearance import FEATURES
+from ..models.autoencoder import SIZES
 from ..models.encoders import FrozenEncoder
 from ..models.vision import are_sincos
 from ..pipeline.image_source import ImageSource
@@ -72,8 +73,8 @@ class LearnEncoderOptions(TrainingOptions):
                 f"--ema is {self.ema}, and --method distil keeps a moving average already, the "
                 "teacher, which is the encoder that it learns: drop the flag"
             )
-        for name in ("prototypes", "start_epochs"):
-            require(getattr(self, name) >= 4, name, getattr(self, name), "at least 4")
+        require(self.prototypes >= 4, "prototypes", self.prototypes, "at least 4")
+        require(self.start_epochs >= 1, "start_epochs", self.start_epochs, "at least 1")
         for name in ("view_scale", "kept_share"):
             value = getattr(self, name)
             require(0 < value <= 1, name, value, "above 0, at most 1")
@@ -156,6 +157,13 @@ def _refuse_unfit(encoder: FrozenEncoder, name: str, options: LearnEncoderOption
             f"--start {name} has learned positions or registers, or pools its patch tokens: "
             "expected an encoder with a class token and fixed sine-cosine positions, such as a run "
             "of `semmae stage2 pretrain`"
+        )
+    held = (encoder.width, len(model.blocks), encoder.heads)
+    wanted = tuple(SIZES[options.size][of] for of in ("width", "depth", "heads"))
+    if held != wanted:
+        raise SettingError(
+            f"--start {name} has width, depth and heads {held}, and --size {options.size} is "
+            f"{wanted}: expected a --size that fits it"
         )
     side = (options.image_size, options.image_size)
     if encoder.patch_size != options.patch_size or encoder.native_size != side:

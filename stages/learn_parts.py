@@ -57,7 +57,9 @@ class LearnPartsOptions(TrainingOptions):
         "What is read of them: the block's tokens, or its attention's keys, queries or values.",
     ] = "tokens"
     pooled: Annotated[bool, "Take the mean patch token for the class token."] = False
-    num_parts: Annotated[int, "Parts, the background not counted."] = 6
+    num_parts: Annotated[
+        int, "Parts, the background not counted; of attention always the encoder's heads."
+    ] = 6
     variant: Annotated[
         Variant,
         "anchored: ids keep one meaning; paper: queries from the class token, pixels rebuilt; "
@@ -71,7 +73,7 @@ class LearnPartsOptions(TrainingOptions):
     rounds: Annotated[
         int,
         "Of telling parts: by places, then by a predictor that learned from crops the parts of the "
-        "round before.",
+        "round before; one where parts are not told by places.",
     ] = 3
     background: Annotated[
         Literal["auto", "predicted", "voted", "token", "none"],
@@ -120,7 +122,9 @@ class LearnPartsOptions(TrainingOptions):
     ] = 0.05
     diversity_weight: Annotated[float, "Of the diversity constraint."] = 0.1
     feature_weight: Annotated[
-        float | None, "Of rebuilding the encoder's features; default 1 if anchored, 0 if paper."
+        float | None,
+        "Of rebuilding what parts are told by from each part's mean; default 1 if anchored, 0 if "
+        "paper.",
     ] = None
     pixel_weight: Annotated[
         float | None,
@@ -142,7 +146,7 @@ class LearnPartsOptions(TrainingOptions):
         int, "Images that places and later rounds are learned from, by two crops and more of each."
     ] = 4000
     place_steps: Annotated[
-        int, "Steps of 8 crops, or of as many patches of windows, that each is learned in."
+        int, "Steps that places, and each later round, are learned in; a step sees 8 crops."
     ] = 1500
     cached_images: Annotated[
         int,
@@ -158,16 +162,9 @@ class LearnPartsOptions(TrainingOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
         super().__post_init__()
-        whole = (
-            "rounds",
-            "clusters",
-            "sample_images",
-            "place_images",
-            "place_steps",
-            "decoder_width",
-        )
-        for name in whole:
+        for name in ("rounds", "clusters", "sample_images", "place_images", "place_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.decoder_width >= 4, "decoder_width", self.decoder_width, "at least 4")
         doublings = self.decoder_upsamplings
         require(0 <= doublings <= 6, "decoder_upsamplings", doublings, "0 to 6")
         require(self.cached_images >= 0, "cached_images", self.cached_images, "0 or more")
@@ -320,6 +317,11 @@ def _learn_parts(options: LearnPartsOptions) -> Path:
             options.weights,
         )
     )
+    if options.variant == "attention" and encoder.transformer.cls_token is None:
+        raise SettingError(
+            f"--variant attention is of the class token, and {encoder.name} has none: expected "
+            "another --encoder or --variant"
+        )
     size = image_size_of(options.image_size, encoder.native_size, encoder.patch_size)
     learner = None
     if state is not None:
@@ -364,9 +366,13 @@ def _started(
             options = replace(options, background="none")
     if not options.learns_places:
         return started_learner(tokens, grid, options)
-    views = sample_place_views(encoder, voter, images, size, options.place_images, options.seed)
     places, told = learn_places(
-        views, tokens.patches, grid, options.place_steps, options.seed, encoder.mean.device
+        sample_place_views(encoder, voter, images, size, options.place_images, options.seed),
+        tokens.patches,
+        grid,
+        options.place_steps,
+        options.seed,
+        encoder.mean.device,
     )
     if options.by_places and told < LEAST_TOLD:
         if options.told_by == "places":

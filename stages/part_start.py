@@ -76,7 +76,7 @@ def voting_learner(
         voter = _shaped(tokens, replace(options, told_by="tokens", background="voted"), None)
         _vote(voter, tokens, grid, options.seed)
         _, share = object_features(voter, tokens, grid)
-        if _sensible(share):
+        if _sensible(share, "learning without a background"):
             return voter
     return _shaped(tokens, replace(options, told_by="tokens", background="none"), None)
 
@@ -104,8 +104,15 @@ def started_learner(
     if learner.architecture.background == "voted":
         _vote(learner, tokens, grid, options.seed)
     points, share = object_features(learner, tokens, grid)
-    if learner.architecture.masked and not _sensible(share):
-        return started_learner(tokens, grid, replace(options, background="none"), predictor)
+    fallbacks: dict[str, tuple[Literal["voted", "none"], str]] = {
+        "predicted": ("voted", "taking the vote that it was learned from"),
+        "voted": ("none", "learning without a background"),
+    }
+    if learner.architecture.masked:
+        background, then = fallbacks[learner.architecture.background]
+        if not _sensible(share, then):
+            options = replace(options, background=background)
+            return started_learner(tokens, grid, options, predictor)
     start_scores(learner, points.numpy(), grid, options.seed, options.part_order)
     if learner.architecture.places and options.positions == "auto":
         print(
@@ -178,13 +185,13 @@ def object_features(
     return points, len(points) / places
 
 
-def _sensible(share: float) -> bool:
-    """Whether this share of patches can be objects; says so if not."""
+def _sensible(share: float, then: str) -> bool:
+    """Whether this share of patches can be objects; says so, and what is done then, if not."""
     if OBJECT_SHARE[0] <= share <= OBJECT_SHARE[1]:
         return True
     print(
         f"{share:.0%} of the patches would be object and the others background, outside "
-        f"{OBJECT_SHARE[0]:.0%} to {OBJECT_SHARE[1]:.0%}: learning without a background",
+        f"{OBJECT_SHARE[0]:.0%} to {OBJECT_SHARE[1]:.0%}: {then}",
         file=sys.stderr,
     )
     return False

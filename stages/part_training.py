@@ -97,7 +97,7 @@ class PartLearning(Task):
         self._learner, self._options = learner, options
         self._grid = image_size[0] // encoder.patch_size, image_size[1] // encoder.patch_size
         self.architecture = {**learner.architecture.to_record(), "image_size": list(image_size)}
-        self._examples = _first_images(images, 16)
+        self._examples = _some_images(images, 16)
         self._watch = PartWatch(options.log_steps)
 
     def begin(self, folder: Path) -> None:
@@ -230,6 +230,8 @@ def _cached(batch: Batch, view: str) -> tuple[Tokens, Told | None]:
     return tokens, Told(batch[f"{view}shares"].float(), batch[f"{view}background"].float())
 
 
-def _first_images(data: SquashedData, count: int) -> Tensor:
-    draws = [Draw(index, 0, 0.0) for index in range(min(count, len(data)))]
+def _some_images(data: SquashedData, count: int) -> Tensor:
+    """Images of all classes, in the order of which they come."""
+    chosen = np.linspace(0, len(data) - 1, min(count, len(data))).astype(int)
+    draws = [Draw(int(index), 0, 0.0) for index in chosen]
     return data.__getitems__(draws)["images"]

@@ -75,6 +75,13 @@ def test_learn_encoder__pretrains_a_start_of_its_own(world: World, tmp_path: Pat
     assert not (tmp_path / "run-start").exists()
 
 
+def test_learn_encoder__refuses_a_start_of_another_size(world: World, tmp_path: Path) -> None:
+    told = r"has width, depth and heads \(128, 6, 4\), and --size tiny is \(192, 12, 3\)"
+    with pytest.raises(SettingError, match=told):
+        learn_encoder(options_of(world, tmp_path / "run", size="tiny"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_learn_encoder__refuses_too_few_patches_before_it_begins(
     world: World, tmp_path: Path
 ) -> None:

@@ -6,9 +6,10 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from semmae.errors import MismatchError, MissingError, SettingError
-from semmae.models.encoders import Tokens
+from semmae.models.encoders import FrozenEncoder, Tokens
 from semmae.models.parts import part_labels
 from semmae.pipeline.crops import squash
 from semmae.pipeline.image_source import ImageSource
@@ -258,6 +259,21 @@ def test_learn_parts__a_batch_may_be_of_all_cached_images(world: World, tmp_path
     learn_parts(learn_options(world, tmp_path, **changes, seed=2**32 + 1))
     with pytest.raises(SettingError, match="--batch-size is 32"):
         learn_parts(learn_options(world, tmp_path, **changes | {"batch_size": 32}))
+
+
+def test_learn_parts__refuses_attention_of_a_class_token_that_is_not_there(
+    world: World, tmp_path: Path
+) -> None:
+    model = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=1, num_classes=0,
+        class_token=False, global_pool="avg",
+    )  # fmt: skip
+    save_encoder(FrozenEncoder(model), tmp_path / "pooled.safetensors")
+    options = learn_options(
+        world, tmp_path / "run", variant="attention", encoder=str(tmp_path / "pooled.safetensors")
+    )
+    with pytest.raises(SettingError, match="--variant attention is of the class token"):
+        learn_parts(options)
 
 
 def test_learn_parts__refuses_an_average_that_nothing_reads(world: World, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from semmae.models.part_scores import AnchoredTokens
 from semmae.models.parts import PartLearner
@@ -10,8 +13,10 @@ from semmae.models.vision import normalise
 from semmae.pipeline.feeding import Batch
 from semmae.pipeline.image_source import ImageSource
 from semmae.pipeline.loaders import SquashedData
+from semmae.pipeline.runs import Run
 from semmae.pipeline.schedule import Draw
 from semmae.pipeline.sources import list_images
+from semmae.stages import part_training
 from semmae.stages.learn_parts import LearnPartsOptions
 from semmae.stages.networks import open_encoder
 from semmae.stages.part_start import sample_tokens, started_learner
@@ -39,6 +44,25 @@ def anchors_of(task: PartLearning) -> torch.nn.Parameter:
 
 def batch_of(task: PartLearning, count: int = 8) -> Batch:
     return task.data.__getitems__([Draw(index, 0, 0.0) for index in range(count)])
+
+
+def test_finish_epoch__draws_images_of_all_classes(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[NDArray[np.uint8]] = []
+
+    def sheet(images: list[NDArray[np.uint8]], *_: Any) -> NDArray[np.uint8]:
+        drawn.extend(images)
+        return images[0]
+
+    monkeypatch.setattr(part_training, "pairs_sheet", sheet)
+    task = task_of(world, learn_options(world, tmp_path))
+    with Run(tmp_path / "run", 0, []) as run:
+        task.finish_epoch(1, run)
+    first, *_, last = task.data.__getitems__([Draw(i, 0, 0.0) for i in range(72)])["images"]
+    assert len(drawn) == 16
+    assert np.array_equal(drawn[0], first)
+    assert np.array_equal(drawn[-1], last)
 
 
 @pytest.mark.parametrize(("pixels", "perceptual"), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])

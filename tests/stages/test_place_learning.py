@@ -11,7 +11,7 @@ from torch import Tensor
 from semmae.errors import SettingError
 from semmae.models.encoders import FrozenEncoder, Tokens
 from semmae.models.parts import PartLearner
-from semmae.models.places import CELLS, SPAN
+from semmae.models.places import CELLS, SPAN, PlacePredictor
 from semmae.models.vision import scaled
 from semmae.pipeline.image_source import ImageSource
 from semmae.pipeline.sources import list_images
@@ -221,6 +221,31 @@ def test_learn_parts__where_the_vote_finds_no_object_there_is_no_background(
     trained = open_learner(tmp_path / "tokens").learner
     assert trained.architecture.background == "none"
     assert trained.predictor is None
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_learn_parts__where_the_prediction_finds_no_object_the_vote_is_taken(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rounds: int,
+) -> None:
+    def blind(*given: Any) -> tuple[PlacePredictor, float]:
+        places, told = learn_places(*given)
+        assert places.last.bias is not None
+        places.last.bias.data[-1] += 1e4
+        return places, told
+
+    monkeypatch.setattr(learning, "learn_places", blind)
+    monkeypatch.setattr(part_start, "OBJECT_SHARE", (1e-6, 1.0))
+    monkeypatch.setattr(learning, "LEAST_TOLD", -100.0)
+    learn_parts(learn_options(world, tmp_path, rounds=rounds))
+    told = capsys.readouterr().err
+    assert told.count("0% of the patches would be object") == 1
+    assert "taking the vote" in told
+    shape = open_learner(tmp_path).learner.architecture
+    assert (shape.background, shape.told_by) == ("voted", "predictor")
 
 
 def test_learn_parts__by_tokens_without_their_background_learns_no_places(
