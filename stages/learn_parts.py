@@ -143,7 +143,9 @@ class LearnPartsOptions(TrainingOptions):
     decoder_noise: Annotated[bool, "Per-layer noise in the pixel decoder."] = False
     sample_images: Annotated[int, "Images that statistics and k-means starts come from."] = 2000
     place_images: Annotated[
-        int, "Images that places and later rounds are learned from, by two crops and more of each."
+        int,
+        "Images that places and later rounds are learned from, by two crops of each; tokens of all "
+        "are kept in memory, 6 bytes a patch and channel.",
     ] = 4000
     place_steps: Annotated[
         int, "Steps that places, and each later round, are learned in; a step sees 8 crops."
