@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..models.encoders import AT_ONCE, FrozenEncoder, Tokens
 from ..models.parts import PartLearner
 from ..models.predictors import PartPredictor
 from ..pipeline.image_source import ImageSource, batches_in_order, drawn
 from ..pipeline.progress import Progress
+from ..pipeline.views import meeting_places, patches_at
 from .part_start import started_learner
 from .predictor_learning import Lesson, learned, measure, statistics
 from .second_views import SecondView, kept_tokens, kept_view, look_again
@@ -93,6 +93,9 @@ def sample_looks(
 def lessons_of(learner: PartLearner, looks: Looks, device: torch.device) -> list[Lesson]:
     """Crops and whole images, with the parts that a learner finds in the latter.
 
+    A learner that was taught by crops is asked in them, too: a patch of the whole image has the
+    part that all views of it say on average.
+
     Args:
         learner: Moved to the device.
         looks: Of the images.
@@ -104,18 +107,19 @@ def lessons_of(learner: PartLearner, looks: Looks, device: torch.device) -> list
     learner.to(device)
     wholes, grid = looks.wholes, looks.grid
     found: list[list[Tensor]] = [[] for _ in range(1 + len(looks.crops))]
-    frames = zip(*(torch.split(view.frame, AT_ONCE) for view in looks.crops), strict=True)
-    for some, there in zip(wholes.split(AT_ONCE), frames, strict=True):
-        moved = some.each(lambda part: part.to(device))
-        maps = learner.maps(learner.patches(moved, grid), grid)
+    crops = zip(*(view.split(AT_ONCE) for view in looks.crops), strict=True)
+    for some, views in zip(wholes.split(AT_ONCE), crops, strict=True):
+        maps, frames = _maps_of(learner, some, grid), [view.frame.to(device) for view in views]
+        whole = torch.eye(2, 3, device=device).expand_as(frames[0])
+        if learner.architecture.predictor == "parts":  # which was taught by crops, too
+            said = [_maps_of(learner, view.tokens, grid) for view in views]
+            maps = _agreed(maps, said, frames, grid)
         if learner.architecture.background != "none":
-            maps = maps.roll(-1, dims=1)
-        found[-1].append(_argmax(maps))
-        for made, frame in zip(found, there, strict=False):
-            size = [len(frame), 1, *grid]
-            places = F.affine_grid(frame.to(device), size, align_corners=False)
-            seen = F.grid_sample(maps, places, padding_mode="border", align_corners=False)
-            made.append(_argmax(seen))
+            maps = maps.roll(-1, dims=2)
+        found[-1].append(maps.argmax(dim=2).cpu())
+        for made, frame in zip(found, frames, strict=False):
+            places, _ = meeting_places(frame, whole, grid)
+            made.append(patches_at(maps, places, grid).argmax(dim=2).cpu())
     tokens = [*(view.tokens.patches for view in looks.crops), wholes.patches]
     # As when a crop is asked for its parts, it is told of its places what holds of whole images.
     return [
@@ -123,8 +127,30 @@ def lessons_of(learner: PartLearner, looks: Looks, device: torch.device) -> list
     ]
 
 
-def _argmax(maps: Tensor) -> Tensor:
-    return maps.argmax(dim=1).flatten(1).cpu()
+def _maps_of(learner: PartLearner, tokens: Tokens, grid: tuple[int, int]) -> Tensor:
+    """The maps (B, L, P) of tokens on the CPU, on the learner's device."""
+    moved = tokens.each(lambda part: part.to(learner.token_mean.device))
+    return learner.maps(learner.patches(moved, grid), grid).flatten(2).transpose(1, 2)
+
+
+def _agreed(
+    maps: Tensor, said: Sequence[Tensor], frames: Sequence[Tensor], grid: tuple[int, int]
+) -> Tensor:
+    """The mean, at each patch (B, L, P), of whole images' maps and of those of crops that show it.
+
+    Args:
+        maps: (B, L, P), of whole images.
+        said: Of one crop of each image, and of another, likewise.
+        frames: (B, 2, 3), where the crops were taken.
+        grid: (h, w).
+    """
+    total, votes = maps, torch.ones_like(maps[..., :1])
+    for crop, frame in zip(said, frames, strict=True):
+        whole = torch.eye(2, 3, device=frame.device).expand_as(frame)
+        places, shown = meeting_places(whole, frame, grid)
+        total = total + patches_at(crop, places, grid) * shown[..., None]
+        votes = votes + shown[..., None]
+    return total / votes
 
 
 def learn_parts_again(

@@ -6,7 +6,7 @@ nothing else in the losses keeps a part from depending on where it lies in the p
 Legend of shapes: B images, H W pixels, P channels of the part map, h w patches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,11 @@ class SecondView:
 
     tokens: Tokens
     frame: Tensor
+
+    def split(self, size: int) -> Iterator["SecondView"]:
+        """Of ``size`` images each, in order; the last may have fewer."""
+        frames = torch.split(self.frame, size)
+        return map(SecondView, self.tokens.split(size), frames)
 
     @classmethod
     def joined(cls, batches: "Sequence[SecondView]") -> "SecondView":

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from semmae.models.parts import PartArchitecture, PartLearner
 from semmae.models.predictors import PartPredictor
 from semmae.pipeline.image_source import ImageSource
 from semmae.pipeline.sources import list_images
+from semmae.pipeline.views import meeting_places
 from semmae.stages.part_rounds import Looks, learn_parts_again, lessons_of, sample_looks
 from semmae.tests.stages.colours import Colours
 
@@ -69,6 +71,34 @@ def test_lessons_of__a_crop_shows_the_parts_of_the_whole_where_it_was_taken(
             assert (lesson.targets == wanted)[sure].float().mean() > 0.93
         assert not torch.equal(first.tokens, second.tokens)
         assert not torch.equal(first.tokens, wholes.tokens)
+
+
+class Taught(Halves):
+    """Is sure of nothing in whole images, which it is asked first, and of colours in crops."""
+
+    def __init__(self) -> None:
+        super().__init__("voted")
+        self.architecture = replace(self.architecture, predictor="parts")
+        self.calls = 0
+
+    def maps(self, patches: Any, grid: tuple[int, int]) -> Tensor:
+        self.calls += 1
+        sure = super().maps(patches, grid)
+        return sure if self.calls > 1 else torch.full_like(sure, 1 / 3)
+
+
+def test_lessons_of__a_learner_taught_by_crops_is_asked_in_them_too(tmp_path: Path) -> None:
+    looks = sampled(source(tmp_path, 40))
+    *_, wholes = lessons_of(Taught(), looks, CPU)
+    shown = torch.zeros(40, 64, dtype=torch.bool)
+    for view in looks.crops:
+        shown |= meeting_places(torch.eye(2, 3).expand(40, -1, -1), view.frame, GRID)[1]
+    colour = looks.wholes.patches.float()
+    sure = colour.max(dim=2).values > 0.95 * colour.sum(dim=2)
+    right = wholes.targets == (colour.argmax(dim=2) - 1) % 3
+    assert right[shown & sure].float().mean() > 0.93
+    assert 0.1 < (~shown).float().mean() < 0.9
+    assert (wholes.targets[~shown] == 0).all()  # the first of equals
 
 
 def test_sample_looks__are_the_same_again(tmp_path: Path) -> None:
