@@ -113,6 +113,7 @@ def demo(options: DemoOptions) -> None:
                 epochs=4,
                 place_images=2000,
                 place_steps=min(options.train // 2, 1500),
+                round_steps=min(options.train // 2, 1500),
                 seed=options.seed,
             )
         ),

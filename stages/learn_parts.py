@@ -148,8 +148,9 @@ class LearnPartsOptions(TrainingOptions):
         "are kept in memory, 6 bytes a patch and channel.",
     ] = 4000
     place_steps: Annotated[
-        int, "Steps that places, and each later round, are learned in; a step sees 8 crops."
+        int, "Steps that places are learned in; a step sees 8 crops, or as many patches."
     ] = 1500
+    round_steps: Annotated[int, "Steps that each later round is learned in; likewise."] = 4500
     cached_images: Annotated[
         int,
         "Train on the tokens of this many images, --sample-images at least (and of one view of "
@@ -164,7 +165,8 @@ class LearnPartsOptions(TrainingOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
         super().__post_init__()
-        for name in ("rounds", "clusters", "sample_images", "place_images", "place_steps"):
+        counts = "rounds clusters sample_images place_images place_steps round_steps"
+        for name in counts.split():
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.decoder_width >= 4, "decoder_width", self.decoder_width, "at least 4")
         doublings = self.decoder_upsamplings

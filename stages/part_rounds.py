@@ -221,7 +221,7 @@ def later_rounds(
     for number in range(2, options.rounds + 1):
         print(f"round {number} of {options.rounds}", file=sys.stderr)
         lessons = lessons_of(learner, looks, device)
-        steps, seed = options.place_steps, options.seed + number
+        steps, seed = options.round_steps, options.seed + number
         predictor = learn_parts_again(lessons, parts, predictor, steps, seed, device)
         learner = started_learner(tokens, looks.grid, options, predictor)
     return learner

@@ -68,6 +68,7 @@ def learn_options(world: World, output: Path, **changes: object) -> LearnPartsOp
         "clusters": 12,
         "num_parts": 3,
         "place_steps": 20,
+        "round_steps": 20,
         "loader_workers": 0,
     }
     return LearnPartsOptions(**{**settings, **changes})  # type: ignore[arg-type]
