@@ -77,11 +77,15 @@ def test_learn_parts__all_processes_take_the_start_of_the_first(
         torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-4)
 
 
+IN_PARTS = {"predicted_share": 0.4, "micro_batch": 0}
+"""One part in one process, two in two: what is predicted is drawn of the image, not of its part."""
+
+
 @pytest.mark.parametrize(
     ("stage", "options", "changes"),
     [
-        (pretrain, pretrain_options, {"sharding": "fsdp"}),
-        slow(pretrain, pretrain_options, {}),
+        (pretrain, pretrain_options, {"sharding": "fsdp", **IN_PARTS}),
+        slow(pretrain, pretrain_options, IN_PARTS),
         slow(learn_parts, learn_options, {}),
         slow(learn_parts, learn_options, {"sharding": "fsdp"}),
         slow(learn_parts, learn_options, {"variant": "kmeans"}),
@@ -99,12 +103,12 @@ def test_stages__in_two_processes_train_as_in_one(
     tmp_path: Path,
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
+    given = {"micro_batch": 8, **changes}
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = stage(options(world, one, micro_batch=8, **changes))
+    alone = stage(options(world, one, **given))
     torch.set_num_threads(before)
-    given = options(world, two, micro_batch=8, **changes)
-    told = together(2, partial(run_stage, stage=stage, given=given))
+    told = together(2, partial(run_stage, stage=stage, given=options(world, two, **given)))
     path = two / "checkpoints" / alone.name
     assert told == [Told(value=path)] * 2
     expected = weights(alone)

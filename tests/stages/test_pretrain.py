@@ -159,6 +159,19 @@ def test_pretraining__knows_the_flops_of_its_step(
     assert task.flops(6) == count.flops > 0
 
 
+def test_pretrain__predicts_the_same_patches_in_parts_of_any_size(
+    world: World, tmp_path: Path
+) -> None:
+    found = []
+    for size in (0, 4):
+        settings = {"micro_batch": size, "predicted_share": 0.4, "precision": "fp32"}
+        run = tmp_path / str(size)
+        pretrain(pretrain_options(world, run, log_steps=1, **settings))
+        points = (run / "steps.jsonl").read_text().splitlines()
+        found.append([json.loads(point)["loss"] for point in points])
+    assert found[1] == pytest.approx(found[0], rel=2e-5)
+
+
 def test_pretrain__random_masks_follow_neither_alpha_nor_parts(
     world: World, tmp_path: Path
 ) -> None:
