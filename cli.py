@@ -24,7 +24,14 @@ import typer.core
 import typer.main
 
 from . import __version__
-from .errors import DamageError, MismatchError, MissingError, SettingError, UserError
+from .errors import (
+    DamageError,
+    MismatchError,
+    MissingError,
+    SettingError,
+    UserError,
+    ran_out_of_memory,
+)
 from .storage.store_paths import StorePath, store_path
 
 if typing.TYPE_CHECKING:
@@ -604,7 +611,16 @@ def main() -> None:
     except UserError as error:
         print(f"semmae: {error}", file=sys.stderr)
         sys.exit(1)
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if ran_out_of_memory(error):
+            print(
+                "semmae: memory ran out: take smaller batches, fewer workers (the command's --help "
+                "says by which flags) or a machine or GPU with more, and run the command again",
+                file=sys.stderr,
+            )
+            sys.exit(1)
+        if not isinstance(error, OSError):
+            raise
         # A disk or mount that fails where nothing more can be said of it.
         place = f" {error.filename}" if error.filename else ""
         print(

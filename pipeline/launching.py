@@ -8,6 +8,7 @@ that call the same function.  Only the first process speaks, and whichever fails
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..errors import UserError
 from . import ranks
+from .memory_faults import memory_faults
 from .options import TrainingOptions, choose_device
 
 O = TypeVar("O", bound=TrainingOptions)  # noqa: E741
@@ -35,11 +37,12 @@ def launch(train: Callable[[O], Path], options: O) -> Path:
         What ``train`` returned in the first process.
 
     Raises:
-        UserError: What one of the processes raised; or that one was lost.
+        UserError: What one of the processes raised; or that one was lost, or memory ran out.
         SystemExit: Another process says why they end.
     """
     if ranks.together():
         return train(options)
+    train = partial(_within_memory, train)
     if options.launcher == "ray":
         from .ray_training import train_on_ray
 
@@ -47,6 +50,11 @@ def launch(train: Callable[[O], Path], options: O) -> Path:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _with_peers(train, options)
     return train(options)
+
+
+def _within_memory(train: Callable[[O], Path], options: O) -> Path:
+    with memory_faults(options):
+        return train(options)
 
 
 @contextlib.contextmanager

@@ -1,3 +1,4 @@
+import errno
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -140,6 +141,44 @@ def test_cli__an_interrupted_command_says_how_to_go_on(
     )
     assert outcome.code == 130
     assert_one_sentence(outcome, "goes on")
+
+
+class OutOfMemoryError(RuntimeError):
+    """torch's own has this name."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 3.2 TiB"),
+        OutOfMemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_cli__memory_that_runs_out_is_one_sentence(
+    error: Exception, semmae: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from semmae.stages import make_creatures
+
+    def full(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(make_creatures, "make_creatures", full)
+    outcome = semmae("data", "make-creatures", "--output", "creatures")
+    assert_one_sentence(outcome, "memory ran out", "fewer workers")
+
+
+def test_cli__faults_of_the_program_are_no_sentence(
+    semmae: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from semmae.stages import make_creatures
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(make_creatures, "make_creatures", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        semmae("data", "make-creatures", "--output", "creatures")
 
 
 def test_cli__too_many_workers_leave_no_half_made_store(
