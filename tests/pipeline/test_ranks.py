@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from semmae.errors import SettingError
-from semmae.pipeline import ranks
+from semmae.pipeline import parallel, ranks
 from semmae.pipeline.feeding import Batch
 from semmae.pipeline.launching import launch
 from semmae.pipeline.loss_bins import LossBins
 from semmae.pipeline.options import TrainingOptions
-from semmae.pipeline.parallel import blocks
+from semmae.pipeline.parallel import Parallel, blocks
 from semmae.pipeline.training import fit
 from semmae.storage.checkpoints import checkpoints, load_checkpoint
 from semmae.storage.dumps import read_dump
@@ -331,3 +331,22 @@ def test_blocks__are_the_members_of_lists_of_equal_modules() -> None:
         {"encoder": encoder, "one": nn.Sequential(*stack(1)), "decoder": decoder, "end": nn.GELU()}
     )
     assert blocks(model) == [*encoder, *decoder]
+
+
+@pytest.mark.parametrize(("device", "steady"), [("cpu", True), ("cuda", False)])
+def test_parallel__looks_for_unused_parameters_only_where_bits_are_promised(
+    device: str, steady: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each step would wait for the device, to learn which are unused."""
+    asked = []
+
+    def replicas(held: nn.Module, **settings: bool) -> nn.Module:
+        asked.append((len(list(held.parameters())), settings))
+        return held
+
+    monkeypatch.setattr(parallel, "DistributedDataParallel", replicas)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "send_to_all", lambda tensors: None)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    Parallel(model, torch.device(device), "none")
+    assert asked == [(2 + steady, {"find_unused_parameters": steady})]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from semmae.models.parts import PartLearner
+from semmae.pipeline.gradients import Computed, Gradients
 from semmae.pipeline.options import TrainingOptions
 from semmae.stages import learn_parts as learning
 from semmae.stages.learn_encoder import LearnEncoderOptions, learn_encoder
@@ -121,3 +122,37 @@ def test_stages__in_two_processes_train_as_in_one(
     )
     assert len(losses) == (changes.get("variant") != "kmeans")
     assert {p.name for p in two.glob("pictures/*")} == {p.name for p in one.glob("pictures/*")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "changes"),
+    [
+        (pretrain, pretrain_options, {"predicted_share": 0.4}),
+        (learn_parts, learn_options, {"rounds": 1}),
+        (learn_parts, learn_options, {"variant": "paper"}),
+        (learn_encoder, encoder_options, {}),
+        (learn_encoder, encoder_options, {"method": "distil"}),
+    ],
+)
+def test_stages__give_every_parameter_a_gradient(
+    stage: Callable[[Any], Path],
+    options: Callable[..., TrainingOptions],
+    changes: dict[str, Any],
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On GPUs DDP waits for all of them (`pipeline.parallel`)."""
+    found: list[bool] = []
+
+    def looked_at(gradients: Gradients, *given: Any) -> Computed:
+        computed = of_step(gradients, *given)
+        trained = [p for p in gradients._task.model.parameters() if p.requires_grad]
+        found.append(bool(trained) and all(p.grad is not None for p in trained))
+        return computed
+
+    of_step = Gradients.of_step
+    monkeypatch.setattr(Gradients, "of_step", looked_at)
+    stage(options(world, tmp_path / "run", **changes))
+    assert found
+    assert all(found)
