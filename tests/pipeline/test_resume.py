@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import nn
 from semmae.errors import DamageError, MismatchError, MissingError, SettingError
 from semmae.pipeline.training import fit
 from semmae.storage.checkpoints import checkpoints, load_checkpoint
+from semmae.storage.leftovers import is_leftover
 from semmae.tests.pipeline.tiny import (
     PER_EPOCH,
     STEPS,
@@ -275,3 +278,35 @@ def test_fit__says_a_users_mistake_of_a_worker_in_one_sentence(
     with pytest.raises(MissingError) as raised:
         fit(task, options(tmp_path, loader_workers=workers))
     assert str(raised.value) == "the folder of images is gone"
+
+
+# What a kill leaves.
+
+
+def test_fit__removes_what_a_kill_left_of_a_checkpoint(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, save = options(tmp_path, checkpoint_epochs=2, keep_checkpoints=0), torch.save
+    child = os.fork()
+    if child == 0:
+
+        def killed(state: Any, place: Path) -> None:
+            save(state, place)
+            if state["step"] == 4 * PER_EPOCH:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            monkeypatch.setattr(torch, "save", killed)
+            fit(TinyTask(), chosen)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    (left,) = (tmp_path / "checkpoints").glob(".*")
+    assert is_leftover(left.name)
+    # It might be that of a writer who lives, until it was not touched for long.
+    fit(TinyTask(), chosen)
+    assert left.exists()
+    os.utime(left, (0, 0))
+    path = fit(TinyTask(), chosen)  # which has no step left
+    assert same(path, whole.path)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
