@@ -1,3 +1,5 @@
+import socket
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -208,6 +210,42 @@ def test_fit__refuses_processes_that_were_not_told_of_each_other(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingError, match="WORLD_SIZE is 2, but this tiny run trains in one"):
         fit(TinyTask(), options(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+MEETING = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+NOT_TOLD = "the environment tells of 2 processes, but not how they meet"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two': expected a number of processes"),
+        (
+            {"RANK": None},
+            rf"{NOT_TOLD} \(RANK=, WORLD_SIZE=2, MASTER_ADDR=127.0.0.1, MASTER_PORT=1",
+        ),
+        ({"RANK": "first"}, NOT_TOLD),
+        ({"MASTER_ADDR": None}, NOT_TOLD),
+        ({"MASTER_PORT": "p"}, NOT_TOLD),
+        ({"MASTER_PORT": "taken"}, "did not meet .*MASTER_PORT=.*address already in use"),
+        ({"MASTER_PORT": "free"}, "did not meet .*1/2 clients joined.*and 2 processes"),
+    ],
+)
+def test_launch__processes_that_do_not_meet_are_one_sentence(
+    changes: dict[str, str | None], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "PATIENCE", timedelta(seconds=1))
+    with socket.create_server(("", 0)) as taken, socket.create_server(("", 0)) as free:
+        ports = {"taken": str(taken.getsockname()[1]), "free": str(free.getsockname()[1])}
+        free.close()
+        for name, value in {**MEETING, **changes}.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, ports.get(value, value))
+        with pytest.raises(SettingError, match=said):
+            peer_run(0, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
