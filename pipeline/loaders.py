@@ -151,8 +151,13 @@ class PretrainingData(_ImageData):
     @property
     def fingerprint(self) -> str:
         """Of the images, and of the store the maps came from."""
-        told = f"{super().fingerprint} {self._store_fingerprint}"
-        return hashlib.sha256(told.encode()).hexdigest()
+        return hashlib.sha256(" ".join(self.sources.values()).encode()).hexdigest()
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Of each of them."""
+        store = {"part store": self._store_fingerprint} if self._store_fingerprint else {}
+        return {"images": super().fingerprint, **store}
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         """Crops and masks of a batch.

@@ -197,7 +197,7 @@ class OtherKind(TinyTask):
             lambda: TinyTask(TinyData(images=23)),
             {},
             MismatchError,
-            r"other data: 22 images with fingerprint 000000000000, now 23 with",
+            r"other data: the images had fingerprint 0+, now 0+ \(22 images then, 23 now\);",
         ),
         (OtherKind, {}, MismatchError, r"holds a run of kind 'tiny', this is 'other'"),
         (TinyTask, {"resume": "never"}, SettingError, r"--resume auto"),

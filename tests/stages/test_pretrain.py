@@ -313,3 +313,27 @@ def test_pretrain__a_store_of_other_images_is_refused(world: World, tmp_path: Pa
 
     with pytest.raises(MismatchError, match="lacks 20 of 20"):
         pretrain(replace(options, parts=world.store))
+
+
+def test_pretrain__says_which_of_images_and_part_store_changed(
+    world: World, attentive_store: Path, tmp_path: Path
+) -> None:
+    options = pretrain_options(world, tmp_path / "run", parts=world.store, masking="semantic")
+    pretrain(options)
+    with pytest.raises(MismatchError) as raised:
+        pretrain(dataclasses.replace(options, parts=attentive_store))
+    told = [PartStore.open(store).fingerprint[:12] for store in (world.store, attentive_store)]
+    assert str(raised.value) == (
+        f"the run in {tmp_path / 'run'} was started on other data: the part store had fingerprint "
+        f"{told[0]}, now {told[1]} (72 images then, 72 now); restore what changed or choose "
+        "another --output"
+    )
+    shutil.copytree(world.data, tmp_path / "images")
+    next((tmp_path / "images" / "train").rglob("*.png")).unlink()
+    changed = str(tmp_path / "images")
+    with pytest.raises(MismatchError, match=r"data: the images had [^;]*\(72 images then, 71 now"):
+        pretrain(dataclasses.replace(options, data=changed))
+    options = dataclasses.replace(options, output=tmp_path / "random", masking="random")
+    pretrain(options)
+    with pytest.raises(MismatchError, match=r"the images had .*; the part store had .*, now none"):
+        pretrain(dataclasses.replace(options, data=changed, parts=None))
