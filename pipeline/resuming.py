@@ -9,7 +9,7 @@ from ..errors import DamageError, MismatchError, SettingError, UserError
 from ..storage.checkpoints import checkpoints, load_checkpoint
 from ..storage.files import read_json, write_json
 from .feeding import sources_of
-from .options import TrainingOptions, plain_options, refuse_difference
+from .options import TrainingOptions, plain_options, refuse_difference, settled
 from .tasks import Task
 
 
@@ -38,7 +38,7 @@ def run_to_resume(kind: str, options: TrainingOptions) -> dict[str, Any] | None:
         before = f"go on from {found[-2][1].name}" if len(found) > 1 else "begin again"
         raise DamageError(f"{error}; remove that file to {before}") from error
     _refuse_kind(str(state.get("kind")), kind, options.output)
-    now = plain_options(options)
+    now = plain_options(settled(options))
     refuse_difference(options.output, kind, state["options"], now, options=True)
     return state
 

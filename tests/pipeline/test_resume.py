@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from semmae.errors import DamageError, MismatchError, MissingError, SettingError
+from semmae.pipeline.options import TrainingOptions
 from semmae.pipeline.training import fit
 from semmae.storage.checkpoints import checkpoints, load_checkpoint
 from semmae.storage.leftovers import is_leftover
@@ -254,6 +255,22 @@ def test_fit__lets_free_options_change(whole: Whole, tmp_path: Path) -> None:
     )
     assert same(fit(TinyTask(), changed), whole.path)
     assert json.loads((moved / "options.json").read_text())["options"]["log_steps"] == 1
+
+
+def test_fit__goes_on_in_the_precision_that_auto_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = TinyTask()
+    task.fails_at = 8
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(TrainingOptions, "precision_on", lambda options, device: "bf16")
+        with pytest.raises(KilledError):
+            fit(task, options(tmp_path))
+    assert json.loads((tmp_path / "options.json").read_text())["options"]["precision"] == "bf16"
+    with pytest.raises(MismatchError, match="--precision was bf16, is fp32"):
+        fit(TinyTask(), options(tmp_path))
+    path = fit(TinyTask(), options(tmp_path, precision="bf16"))
+    assert load_checkpoint(path)["step"] == STEPS
 
 
 def test_fit__points_at_the_checkpoint_before_a_damaged_one(whole: Whole, tmp_path: Path) -> None:
