@@ -174,8 +174,8 @@ def _is_place(kind: Any) -> bool:
     return kind in (Path, StorePath)
 
 
-def _parameter(name: str, kind: Any, text: str, default: Any) -> inspect.Parameter:
-    """One flag.  Its own default is None, which says that it was not given."""
+def _parameter(name: str, kind: Any, text: str, default: Any, *also: str) -> inspect.Parameter:
+    """One flag, and its other names.  Its default is None, which says that it was not given."""
     kind = _without_none(kind)
     flag = _flag(name)
     flags = f"{flag}/--no-{name.replace('_', '-')}" if kind is bool else flag
@@ -186,7 +186,7 @@ def _parameter(name: str, kind: Any, text: str, default: Any) -> inspect.Paramet
     place = _is_place(kind)
     # As text: a path would make one slash of the two of a URL.
     metavar = "PATH" if place else None
-    option = typer.Option(flags, help=text, show_default=False, metavar=metavar)
+    option = typer.Option(flags, *also, help=text, show_default=False, metavar=metavar)
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -236,9 +236,11 @@ def _with_flags(table: str, registered: _Registered) -> Any:
                 print("semmae: interrupted; the same command goes on from there", file=sys.stderr)
             raise typer.Exit(130) from None
 
-    parameters = []
-    for field, (kind, text, default) in _fields(registered.options).items():
-        parameter = _parameter(field, kind, text, default)
+    parameters, fields = [], _fields(registered.options)
+    for field, (kind, text, default) in fields.items():
+        # What an optimiser step sees, in all parts and processes that it is computed in.
+        also = ["--effective-batch"] if field == "batch_size" and "micro_batch" in fields else []
+        parameter = _parameter(field, kind, text, default, *also)
         if field in registered.arguments:
             place = typer.Argument(help=text, show_default=False)
             parameter = parameter.replace(annotation=Annotated[str | None, place])

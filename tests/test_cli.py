@@ -208,6 +208,15 @@ def test_cli__dry_run_prints_the_configuration_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("flag", ["--batch-size", "--effective-batch"])
+def test_cli__the_batch_of_an_optimiser_step_has_two_names(semmae: Command, flag: str) -> None:
+    given = ("--data", "d", "--output", "run", "--micro-batch", "8", flag, "48", "--dry-run")
+    assert "  batch_size = 48" in semmae("stage2", "pretrain", *given).err
+    # Where no batch is computed in parts there is one name.
+    assert flag in semmae("stage1", "learn-parts", "--help").out
+    assert (flag in semmae("eval", "linear", "--help").out) == (flag == "--batch-size")
+
+
 def test_settings__flag_over_table_over_shared(semmae: Command, tmp_path: Path) -> None:
     (tmp_path / "semmae.toml").write_text(
         '[shared]\ndata = "here"\nseed = 1\n[stage2.pretrain]\noutput = "run"\n'
