@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from semmae.benchmarks.pretraining_step import PlainAutoencoder
 from semmae.errors import SettingError
 from semmae.models.autoencoder import SIZES, Architecture, MaskedAutoencoder
 from semmae.models.vision import IMAGENET_MEAN, IMAGENET_STD, normalise, patchify
@@ -406,3 +407,23 @@ def test_patch_losses__are_those_of_the_patches_that_they_name() -> None:
     assert torch.equal(same_patches, patches)
     differs = (others - losses).abs() > 1e-6
     assert differs.nonzero().tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize("normalise_target", [True, False])
+def test_loss__has_the_gradients_of_the_plain_convolution_and_the_whole_decoder(
+    normalise_target: bool,
+) -> None:
+    ours = autoencoder().double()
+    ours.normalise_target = normalise_target
+    plain = PlainAutoencoder(ours.architecture, normalise_target).double()
+    plain.load_state_dict(ours.state_dict())
+    images, mask = random_images(3), random_mask(3)
+    found = []
+    for model in (ours, plain):
+        losses = model(images, mask, VISIBLE)
+        (losses * torch.tensor([1.0, -2.0, 3.0])).sum().backward()
+        found.append([losses, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(found[0]) == len(found[1]) > 30
+    for one, other in zip(*found, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -1,7 +1,9 @@
 import dataclasses
 import itertools
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from semmae.errors import DamageError, MismatchError, MissingError, SettingError
 from semmae.models.autoencoder import MaskedAutoencoder
 from semmae.pipeline.crops import flips
+from semmae.pipeline.feeding import Batch
 from semmae.pipeline.flops import FlopCount
 from semmae.pipeline.loss_bins import part_shares
 from semmae.pipeline.mask_policies import POLICIES
@@ -27,8 +31,9 @@ from semmae.stages.pretrain import (
     pretrain,
     pretraining_data,
 )
-from semmae.storage.checkpoints import load_checkpoint
+from semmae.storage.checkpoints import checkpoints, load_checkpoint
 from semmae.storage.part_store import PartStore
+from semmae.tests.pipeline.tiny import log_of, same
 from semmae.tests.world import World, pretrain_options
 
 
@@ -337,3 +342,61 @@ def test_pretrain__says_which_of_images_and_part_store_changed(
     pretrain(options)
     with pytest.raises(MismatchError, match=r"the images had .*; the part store had .*, now none"):
         pretrain(dataclasses.replace(options, data=changed, parts=None))
+
+
+def test_pretrain__killed_and_gone_on_with_is_the_same_to_the_bit(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all that draws or keeps anything: masks of parts, workers, places, average."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    settings = {"masking": "semantic", "parts": world.store, "epochs": 2, "ema": 0.9}
+    settings |= {"predicted_share": 0.4, "loader_workers": 2, "checkpoint_steps": 3}
+    whole = pretrain(pretrain_options(world, tmp_path / "whole", micro_batch=8, **settings))
+    options = pretrain_options(world, tmp_path / "killed", micro_batch=8, **settings)
+    child = os.fork()
+    if child == 0:
+        loss, calls = Pretraining.loss, []
+
+        def killed(task: Pretraining, batch: Batch) -> tuple[torch.Tensor, Any]:
+            calls.append(1)
+            if len(calls) == 12:  # the sixth step's second part, in the middle of an epoch
+                os.kill(os.getpid(), signal.SIGKILL)
+            return loss(task, batch)
+
+        try:
+            monkeypatch.setattr(Pretraining, "loss", killed)
+            pretrain(options)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert [step for step, _ in checkpoints(options.output)] == [3, 4]
+    path = pretrain(options)
+    assert path.name == whole.name
+    assert same(path, whole)
+    assert log_of(options.output) == log_of(tmp_path / "whole")
+
+
+def test_pretrain__reads_no_tensor_between_two_points_of_the_log(
+    world: World, tmp_path: Path
+) -> None:
+    """The host would wait for the device at each."""
+    reads: list[int] = []
+
+    class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                reads.append(1)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    settings = {"masking": "semantic", "parts": world.store, "predicted_share": 0.4, "ema": 0.9}
+    for batch in (24, 8):  # in three steps and in nine
+        options = pretrain_options(world, tmp_path / str(batch), log_steps=1000, **settings)
+        options = dataclasses.replace(options, batch_size=batch, clip_gradients=1.0)
+        reads.clear()
+        with Counting():  # type: ignore[no-untyped-call]
+            pretrain(options)
+        counts.append(len(reads))
+    assert counts[0] == counts[1] > 0
