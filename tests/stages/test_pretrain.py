@@ -33,7 +33,7 @@ from semmae.stages.pretrain import (
 )
 from semmae.storage.checkpoints import checkpoints, load_checkpoint
 from semmae.storage.part_store import PartStore
-from semmae.tests.pipeline.tiny import log_of, same
+from semmae.tests.pipeline.tiny import lines_of, log_of, same
 from semmae.tests.world import World, pretrain_options
 
 
@@ -400,3 +400,24 @@ def test_pretrain__reads_no_tensor_between_two_points_of_the_log(
             pretrain(options)
         counts.append(len(reads))
     assert counts[0] == counts[1] > 0
+
+
+def test_pretrain__compiled_it_trains_as_it_does_plain(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs as for torch's own compiler, which would take a minute, but run as they are."""
+    compiled, asked = torch.compile, []
+
+    def traced(function: Any) -> Any:
+        asked.append(function)
+        return compiled(function, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    found = []
+    for compiling in (False, True):
+        run = tmp_path / str(compiling)
+        settings = {"compile": compiling, "predicted_share": 0.4, "log_steps": 1}
+        pretrain(pretrain_options(world, run, **settings))
+        found.append([point["loss"] for point in lines_of(run, "steps.jsonl")])
+    assert len(asked) == 1
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
