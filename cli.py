@@ -24,7 +24,14 @@ import typer.core
 import typer.main
 
 from . import __version__
-from .errors import DamageError, MismatchError, MissingError, SettingError, UserError
+from .errors import (
+    DamageError,
+    MismatchError,
+    MissingError,
+    SettingError,
+    UserError,
+    ran_out_of_memory,
+)
 from .storage.store_paths import StorePath, store_path
 
 if typing.TYPE_CHECKING:
@@ -167,8 +174,8 @@ def _is_place(kind: Any) -> bool:
     return kind in (Path, StorePath)
 
 
-def _parameter(name: str, kind: Any, text: str, default: Any) -> inspect.Parameter:
-    """One flag.  Its own default is None, which says that it was not given."""
+def _parameter(name: str, kind: Any, text: str, default: Any, *also: str) -> inspect.Parameter:
+    """One flag, and its other names.  Its default is None, which says that it was not given."""
     kind = _without_none(kind)
     flag = _flag(name)
     flags = f"{flag}/--no-{name.replace('_', '-')}" if kind is bool else flag
@@ -179,7 +186,7 @@ def _parameter(name: str, kind: Any, text: str, default: Any) -> inspect.Paramet
     place = _is_place(kind)
     # As text: a path would make one slash of the two of a URL.
     metavar = "PATH" if place else None
-    option = typer.Option(flags, help=text, show_default=False, metavar=metavar)
+    option = typer.Option(flags, *also, help=text, show_default=False, metavar=metavar)
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -229,9 +236,11 @@ def _with_flags(table: str, registered: _Registered) -> Any:
                 print("semmae: interrupted; the same command goes on from there", file=sys.stderr)
             raise typer.Exit(130) from None
 
-    parameters = []
-    for field, (kind, text, default) in _fields(registered.options).items():
-        parameter = _parameter(field, kind, text, default)
+    parameters, fields = [], _fields(registered.options)
+    for field, (kind, text, default) in fields.items():
+        # What an optimiser step sees, in all parts and processes that it is computed in.
+        also = ["--effective-batch"] if field == "batch_size" and "micro_batch" in fields else []
+        parameter = _parameter(field, kind, text, default, *also)
         if field in registered.arguments:
             place = typer.Argument(help=text, show_default=False)
             parameter = parameter.replace(annotation=Annotated[str | None, place])
@@ -604,7 +613,16 @@ def main() -> None:
     except UserError as error:
         print(f"semmae: {error}", file=sys.stderr)
         sys.exit(1)
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if ran_out_of_memory(error):
+            print(
+                "semmae: memory ran out: take smaller batches, fewer workers (the command's --help "
+                "says by which flags) or a machine or GPU with more, and run the command again",
+                file=sys.stderr,
+            )
+            sys.exit(1)
+        if not isinstance(error, OSError):
+            raise
         # A disk or mount that fails where nothing more can be said of it.
         place = f" {error.filename}" if error.filename else ""
         print(

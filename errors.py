@@ -5,6 +5,11 @@ Every message says what was expected, what came, where, and what to do.  Each cl
 builtin kind that a caller from Python would expect.
 """
 
+import errno
+
+_FULL = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+"""What libraries say where memory ran out, beside torch's own class."""
+
 
 class UserError(Exception):
     """Base of every error that is the user's to mend, not a fault of the program."""
@@ -24,3 +29,18 @@ class MismatchError(UserError, ValueError):
 
 class DamageError(UserError, OSError):
     """A stored object is not what was written: truncated, altered, or not complete."""
+
+
+class MemoryFullError(UserError, MemoryError):
+    """The memory of the machine or of a device does not hold what was asked of it."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, the machine's or a device's."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    told = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or any(word in told for word in _FULL))
+    )

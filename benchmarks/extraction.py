@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from semmae.benchmarks.intervals import interval
 from semmae.pipeline.cluster import open_workers
 from semmae.pipeline.image_loading import LoadedImage, load_image
 from semmae.pipeline.placement import Placement
@@ -83,12 +84,6 @@ def options_for(given: argparse.Namespace, data: Path, output: Path) -> ExtractP
     return ExtractPartsOptions(
         data=str(data), learner=given.learner, output=output, batch_size=str(BATCH), split="all"
     )
-
-
-def interval(values: list[float]) -> str:
-    """Mean of values with the half width of its 95 % interval."""
-    half = 2.3 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return f"{np.mean(values):.3f} ± {half:.3f}"
 
 
 def made_store(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from semmae.benchmarks.intervals import interval
 from semmae.models.autoencoder import SIZES, Architecture, MaskedAutoencoder
 from semmae.models.vision import normalise, patchify
 from semmae.pipeline.flops import FlopCount
@@ -162,12 +163,6 @@ def with_attention(step: Step, model: MaskedAutoencoder, fused: bool) -> Step:
         step()
 
     return chosen
-
-
-def interval(values: list[float]) -> str:
-    """Mean of values with the half width of its 95 % interval."""
-    half = 2.3 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return f"{np.mean(values):.3f} ± {half:.3f}"
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from semmae.benchmarks.pretraining_step import Step, interval, seconds
+from semmae.benchmarks.intervals import interval
+from semmae.benchmarks.pretraining_step import Step, seconds
 from semmae.models.autoencoder import SIZES, Architecture, MaskedAutoencoder
 from semmae.pipeline.averaging import Average
 from semmae.pipeline.gradients import norms_of

@@ -293,7 +293,7 @@ class MaskedAutoencoder(nn.Module):
             mask: bool (B, L), True where masked; every row leaves exactly ``visible`` patches.
             visible: V.
             predicted: Which of each image's masked patches the decoder sees and predicts, int64
-                (B, K) of places among them (`draw_predicted`); None is all.  What is left out costs
+                (B, K) of places among them; None is all.  What is left out costs
                 nothing: with patches of 8 pixels and a fourth of them predicted, the decoder's
                 sequence is 344 instead of 785 tokens.
 
@@ -348,27 +348,6 @@ class MaskedAutoencoder(nn.Module):
         pixels = unpatchify(patches.scatter(1, index, predicted), self.architecture.grid)
         pixels = pixels * self.std.view(3, 1, 1) + self.mean.view(3, 1, 1)
         return pixels.clamp(0, 1).permute(0, 2, 3, 1)
-
-
-def draw_predicted(images: int, masked: int, predicted: int, device: torch.device) -> Tensor:
-    """Which of the masked patches of each image are predicted.
-
-    torch's generator of the CPU draws them, so they are the same on every device and of a network
-    that is compiled.  The host does not wait for the device.
-
-    Args:
-        images: B.
-        masked: Masked patches of an image.
-        predicted: K, how many of these are predicted.
-        device: Where they are wanted.
-
-    Returns:
-        int64 (B, K), places in [0, masked), no two of an image the same.
-    """
-    chosen = torch.rand(images, masked).argsort(dim=1, stable=True)[:, :predicted].contiguous()
-    if device.type == "cuda":
-        chosen = chosen.pin_memory()
-    return chosen.to(device, non_blocking=True)
 
 
 def _take(tokens: Tensor, index: Tensor) -> Tensor:

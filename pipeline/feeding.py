@@ -53,6 +53,21 @@ class Named(Protocol):
         ...
 
 
+@runtime_checkable
+class Sourced(Protocol):
+    """Training data made of several things that can change each by itself."""
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Their fingerprints by name, images among them."""
+        ...
+
+
+def sources_of(data: TrainingData) -> dict[str, str]:
+    """Fingerprints of what data are made of, by name."""
+    return data.sources if isinstance(data, Sourced) else {"images": data.fingerprint}
+
+
 def batches_of(
     data: TrainingData, sampler: BatchSampler, workers: int, device: torch.device
 ) -> Generator[Batch, None, None]:

@@ -8,6 +8,7 @@ that call the same function.  Only the first process speaks, and whichever fails
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,8 +17,9 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from ..errors import UserError
+from ..errors import SettingError, UserError
 from . import ranks
+from .memory_faults import memory_faults
 from .options import TrainingOptions, choose_device
 
 O = TypeVar("O", bound=TrainingOptions)  # noqa: E741
@@ -35,18 +37,25 @@ def launch(train: Callable[[O], Path], options: O) -> Path:
         What ``train`` returned in the first process.
 
     Raises:
-        UserError: What one of the processes raised; or that one was lost.
+        SettingError: The environment tells of several processes that do not meet.
+        UserError: What one of the processes raised; or that one was lost, or memory ran out.
         SystemExit: Another process says why they end.
     """
     if ranks.together():
         return train(options)
+    train = partial(_within_memory, train)
     if options.launcher == "ray":
         from .ray_training import train_on_ray
 
         return train_on_ray(train, options)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if ranks.asked() > 1:
         return _with_peers(train, options)
     return train(options)
+
+
+def _within_memory(train: Callable[[O], Path], options: O) -> Path:
+    with memory_faults(options):
+        return train(options)
 
 
 @contextlib.contextmanager
@@ -65,7 +74,7 @@ def only_first_speaks(rank: int) -> Iterator[None]:
 
 def _with_peers(train: Callable[[O], Path], options: O) -> Path:
     """Train as one of the processes that the environment tells of."""
-    store, rank, count = next(rendezvous("env://", timeout=ranks.PATIENCE))
+    store, rank, count = _met()
     # torchrun's store outlives a restart, with the keys of the processes before (seen: a hang).
     store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     ending = PrefixStore("ending", store)
@@ -98,6 +107,33 @@ def _with_peers(train: Callable[[O], Path], options: O) -> Path:
         ) from error
     dist.destroy_process_group()
     return path
+
+
+def _met() -> tuple[Store, int, int]:
+    """A store that the processes share, this one's rank, and how many they are.
+
+    Raises:
+        SettingError: The environment does not say how to meet, or nobody is met there.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    told = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+    try:
+        store, rank, count = next(rendezvous("env://", timeout=ranks.PATIENCE))
+        if not 0 <= rank < count:
+            raise ValueError(f"RANK is not from 0 to {count - 1}")
+    except ValueError as error:
+        raise SettingError(
+            f"the environment tells of {ranks.asked()} processes, but not how they meet ({told}): "
+            "expected all four as torchrun sets them; start the command by torchrun, or unset "
+            "WORLD_SIZE for one process"
+        ) from error
+    except dist.DistError as error:
+        raise SettingError(
+            f"the processes of the run did not meet ({told}: {str(error).splitlines()[0]}): "
+            "expected an address of process 0 that all reach, a port that is free there, and "
+            f"{ranks.asked()} processes; take another MASTER_PORT, or start the command by torchrun"
+        ) from error
+    return store, rank, count
 
 
 def _is_first_to_tell(ending: Store, rank: int) -> bool:

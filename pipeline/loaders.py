@@ -1,8 +1,8 @@
 """Images of a plan as batches: for pretraining with masks, for learning parts, for a probe.
 
-Crop, flip and mask of a sample are functions of (seed, epoch, index) alone, so every number of
-workers and every batch gives the same samples.  Images leave as uint8; networks normalise them on
-their own device.
+Crop, flip, mask and what is predicted of a sample are functions of (seed, epoch, index) alone, so
+every number of workers and every batch gives the same samples.  Images leave as uint8; networks
+normalise them on their own device.
 
 Legend of shapes: B images, H W pixels, g_h g_w places of a stored map, L patches of a crop.
 """
@@ -19,7 +19,9 @@ from ..errors import SettingError
 from .crops import crop_boxes, crop_image, crop_maps, flips, squash
 from .feeding import Batch
 from .image_source import ImageSource, Pixels
+from .mask_counts import predicted_count, visible_count
 from .mask_policies import POLICIES, MaskRequest, MaskSchedule
+from .masks import predicted_places
 from .part_maps import PartMaps
 from .randomness import Purpose, streams
 from .schedule import Draw, indices
@@ -104,10 +106,11 @@ class PretrainingData(_ImageData):
         image_size: (H, W) of a crop, pixels.
         patch_size: p, pixels.
         masks: Which masks to draw.
-        seed: Of crops, flips and masks.
+        seed: Of crops, flips, masks and what is predicted.
         crop_scale: Least and largest share of the image's area in a crop.
         store_fingerprint: Of the store that the maps came from.
         background: Channel of the background in part maps; None without one.
+        predicted_share: Share of the masked patches that are predicted.
 
     Attributes:
         parts, background: As given.
@@ -129,6 +132,7 @@ class PretrainingData(_ImageData):
         crop_scale: tuple[float, float] = (0.2, 1.0),
         store_fingerprint: str = "",
         background: int | None = None,
+        predicted_share: float = 1.0,
     ) -> None:
         reads = POLICIES[masks.policy].reads
         if maps is None and reads is not None:
@@ -138,14 +142,22 @@ class PretrainingData(_ImageData):
         self.parts, self.background = parts, background
         self._size, self._masks, self._seed = image_size, masks, seed
         self._grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        patches, ratio = self._grid[0] * self._grid[1], masks.mask_ratio
+        self._masked = patches - visible_count(patches, ratio)
+        self._predicted = predicted_count(patches, ratio, predicted_share)
         self._scale = crop_scale
         self._store_fingerprint = store_fingerprint
 
     @property
     def fingerprint(self) -> str:
         """Of the images, and of the store the maps came from."""
-        told = f"{super().fingerprint} {self._store_fingerprint}"
-        return hashlib.sha256(told.encode()).hexdigest()
+        return hashlib.sha256(" ".join(self.sources.values()).encode()).hexdigest()
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Of each of them."""
+        store = {"part store": self._store_fingerprint} if self._store_fingerprint else {}
+        return {"images": super().fingerprint, **store}
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         """Crops and masks of a batch.
@@ -156,18 +168,23 @@ class PretrainingData(_ImageData):
         Returns:
             ``images`` uint8 (B, H, W, 3), ``mask`` bool (B, L), ``alpha`` float32 (B,),
             ``index`` int64 (B,); and ``parts`` uint8 (B, L), the parts that the mask follows, where
-            it follows any.
+            it follows any; and ``predicted`` int64 (B, predicted), places among the masked patches,
+            where not all are predicted.
         """
         crops = _cropped(self._images, draws, self._seed, self._scale, self._size)
         alpha = self._masks.alpha(draws)
         mask, parts = self._masks_of(crops, draws, alpha)
-        followed = {} if parts is None else {"parts": torch.from_numpy(parts)}
+        more = {} if parts is None else {"parts": torch.from_numpy(parts)}
+        if self._predicted < self._masked:
+            stream = _streams_of(draws, self._seed, Purpose.PREDICTED)
+            places = predicted_places(self._masked, self._predicted, stream)
+            more["predicted"] = torch.from_numpy(places)
         return {
             "images": torch.from_numpy(crops.pixels),
             "mask": torch.from_numpy(mask),
             "alpha": torch.from_numpy(alpha.astype(np.float32)),
             "index": torch.from_numpy(indices(draws)),
-            **followed,
+            **more,
         }
 
     def _masks_of(

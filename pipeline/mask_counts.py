@@ -50,6 +50,20 @@ def visible_count(patches: int, mask_ratio: float) -> int:
     return visible
 
 
+def predicted_count(patches: int, mask_ratio: float, share: float) -> int:
+    """How many of the masked patches of each image are predicted.
+
+    Args:
+        patches: L.
+        mask_ratio: As for `visible_count`.
+        share: Of the masked patches, above 0, at most 1.
+
+    Returns:
+        From 1 to K.
+    """
+    return max(round(share * (patches - visible_count(patches, mask_ratio))), 1)
+
+
 def visible_indices(mask: Masks, visible: int) -> Counts:
     """Where the visible patches of each image are.
 

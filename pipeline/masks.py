@@ -204,6 +204,22 @@ def random_masks(patches: int, mask_ratio: float, stream: Streams) -> Masks:
     return mask_first(_random_keys(uniforms(stream, patches)), masked)
 
 
+def predicted_places(masked: int, predicted: int, stream: Streams) -> NDArray[np.int64]:
+    """Which of the masked patches of each image are predicted; each set is equally likely.
+
+    Args:
+        masked: K, masked patches of an image.
+        predicted: How many of these are predicted, from 0 to K.
+        stream: uint64 (B,), from ``streams(seed, Purpose.PREDICTED, epoch, index)``.
+
+    Returns:
+        int64 (B, predicted), places in [0, K), no two of an image the same.
+    """
+    keys = _random_keys(uniforms(stream, masked))
+    keys.sort(axis=1)
+    return places_of(keys[:, :predicted])
+
+
 def _round_counts(
     sizes: Counts, masked: int, alpha: NDArray[np.float64], numbers: NDArray[np.float64]
 ) -> Counts:

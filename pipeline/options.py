@@ -4,9 +4,9 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from ..errors import MismatchError, SettingError
 from ..storage.remote_path import RemotePath
@@ -14,6 +14,8 @@ from .schedule import Schedule
 
 if TYPE_CHECKING:
     import torch
+
+O = TypeVar("O", bound="TrainingOptions")  # noqa: E741
 
 
 def require(holds: bool, name: str, value: object, expected: str) -> None:
@@ -275,6 +277,15 @@ def choose_device(name: str) -> "torch.device":
             + ("start as many processes, or use cpu" if several else "use auto or cpu")
         )
     return device
+
+
+def settled(options: O) -> O:
+    """The options as a run keeps and compares them: with the precision that ``auto`` is here.
+
+    Raises:
+        SettingError: There is no such device here.
+    """
+    return replace(options, precision=options.precision_on(choose_device(options.device)))
 
 
 def _flag(name: str) -> str:

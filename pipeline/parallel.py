@@ -56,14 +56,18 @@ class Parallel:
         if sharding == "fsdp":
             self._shards = _sharded(model, device)
         else:
-            trained = [p for p in model.parameters() if p.requires_grad]
-            # Looking for unused parameters keeps the buckets of gradients as they are; otherwise
-            # they are laid out anew after the first step, a resumed run begins with other ones,
-            # and three processes or more then add up in another order (seen: other last bits).
-            # A parameter that is unused indeed spares the warning that none is.
-            unused = nn.Parameter(torch.zeros(1, device=device))
-            held = nn.ParameterList([*trained, unused])
-            self._replicas = DistributedDataParallel(_Inside(held), find_unused_parameters=True)
+            held = nn.ParameterList([p for p in model.parameters() if p.requires_grad])
+            # On CPUs a resumed run gives the bits of one that was not interrupted.  Looking for
+            # unused parameters keeps the buckets of gradients as they are; otherwise they are laid
+            # out anew after the first step, a resumed run begins with other ones, and three
+            # processes or more then add up in another order (seen: other last bits).  A parameter
+            # that is unused indeed spares the warning that none is.  On GPUs, where no bits are
+            # promised, the host would wait for the device at each step to learn which are unused.
+            # Every task gives each of its parameters a gradient, so plain DDP misses none.
+            steady = device.type == "cpu"
+            if steady:
+                held.append(nn.Parameter(torch.zeros(1)))
+            self._replicas = DistributedDataParallel(_Inside(held), find_unused_parameters=steady)
 
     def run(self, work: Callable[[], R]) -> R:
         """Do work with the model; all processes must do it together."""

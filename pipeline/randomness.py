@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     TRAINING = 5
     PARTNER = 6
     NOISE = 7
+    PREDICTED = 8
 
 
 def _mix(values: Streams) -> Streams:

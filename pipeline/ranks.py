@@ -42,6 +42,21 @@ def wait() -> None:
         dist.barrier()
 
 
+def asked() -> int:
+    """How many processes the environment tells of.
+
+    Raises:
+        SettingError: It tells no number.
+    """
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not told.isdecimal():
+        raise SettingError(
+            f"WORLD_SIZE is {told!r}: expected a number of processes, as torchrun sets it; set it "
+            "right, or unset it"
+        )
+    return int(told)
+
+
 def refuse_strangers(kind: str) -> None:
     """Refuse one of several processes that were not told of each other.
 
@@ -51,11 +66,10 @@ def refuse_strangers(kind: str) -> None:
     Raises:
         SettingError: The environment tells of several, and this one belongs to no group.
     """
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked > 1 and not together():
+    if asked() > 1 and not together():
         raise SettingError(
-            f"WORLD_SIZE is {asked}, but this {kind} run trains in one process: start the command "
-            "without torchrun"
+            f"WORLD_SIZE is {asked()}, but this {kind} run trains in one process: start the "
+            "command without torchrun"
         )
 
 

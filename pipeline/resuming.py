@@ -8,7 +8,8 @@ from typing import Any
 from ..errors import DamageError, MismatchError, SettingError, UserError
 from ..storage.checkpoints import checkpoints, load_checkpoint
 from ..storage.files import read_json, write_json
-from .options import TrainingOptions, plain_options, refuse_difference
+from .feeding import sources_of
+from .options import TrainingOptions, plain_options, refuse_difference, settled
 from .tasks import Task
 
 
@@ -37,7 +38,7 @@ def run_to_resume(kind: str, options: TrainingOptions) -> dict[str, Any] | None:
         before = f"go on from {found[-2][1].name}" if len(found) > 1 else "begin again"
         raise DamageError(f"{error}; remove that file to {before}") from error
     _refuse_kind(str(state.get("kind")), kind, options.output)
-    now = plain_options(options)
+    now = plain_options(settled(options))
     refuse_difference(options.output, kind, state["options"], now, options=True)
     return state
 
@@ -54,11 +55,17 @@ def state_to_resume(task: Task, options: TrainingOptions) -> dict[str, Any] | No
         return None
     architecture = state["architecture"]
     refuse_difference(options.output, task.kind, architecture, task.architecture, options=False)
-    if state["data"] != task.data.fingerprint:
+    was, now = state["data"], sources_of(task.data)
+    differing = [
+        f"the {name} had fingerprint {was.get(name, 'none')[:12]}, now {now.get(name, 'none')[:12]}"
+        for name in sorted(was.keys() | now.keys())
+        if was.get(name) != now.get(name)
+    ]
+    if differing:
         raise MismatchError(
-            f"the run in {options.output} was started on other data: {state['images']} images with "
-            f"fingerprint {state['data'][:12]}, now {len(task.data)} with "
-            f"{task.data.fingerprint[:12]}; restore the data or choose another --output"
+            f"the run in {options.output} was started on other data: {'; '.join(differing)} "
+            f"({state['images']} images then, {len(task.data)} now); restore what changed or "
+            "choose another --output"
         )
     return state
 
@@ -89,7 +96,7 @@ def state_of(
         "step": step,
         "samples_seen": step * options.batch_size,
         "options": plain_options(options),
-        "data": task.data.fingerprint,
+        "data": sources_of(task.data),
         "images": len(task.data),
         **counts,
     }

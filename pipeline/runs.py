@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ..storage.dumps import drop_dumps
+from ..storage.dumps import drop_dumps, dumps_folder
 from ..storage.files import write_atomically
+from ..storage.leftovers import sweep_folder
 
 
 class Board(Protocol):
@@ -59,7 +60,7 @@ class Run:
 
     ``log.jsonl`` has a JSON line an epoch, ``steps.jsonl`` one for each point between (every
     ``--log-steps``), and boards show the same.  What was written after ``step`` is dropped, dumps
-    of skipped steps too: it will be done, and logged, again.
+    of skipped steps too: it will be done, and logged, again.  What killed writers left goes, too.
 
     Args:
         folder: Of the run; made if absent.
@@ -77,6 +78,8 @@ class Run:
         for name in ("log.jsonl", "steps.jsonl"):
             _truncate(folder / name, step)
         drop_dumps(folder, step)
+        for place in (folder / "checkpoints", dumps_folder(folder)):
+            sweep_folder(place)
         self._boards: list[Board] = [TensorBoard(folder, step), *boards]
 
     def point(

@@ -17,7 +17,8 @@ class Task(abc.ABC):
 
     Attributes:
         kind: Name of the task; written into checkpoints.
-        model: Everything that trains, and everything that a checkpoint holds.
+        model: Everything that trains, and everything that a checkpoint holds; the loss of every
+            batch gives each parameter that requires one a gradient (DDP on GPUs waits for all).
         data: Where the batches come from.
         architecture: Plain data from which the model can be built again; written into checkpoints.
     """

@@ -30,7 +30,7 @@ from .dumping import Step, dump
 from .feeding import Batch, batches_of
 from .gradients import Gradients, norms_of
 from .guard import Guard, refuse_broken
-from .options import TrainingOptions, choose_device
+from .options import TrainingOptions, choose_device, settled
 from .parallel import Parallel
 from .progress import Progress
 from .resuming import (
@@ -70,7 +70,7 @@ def fit(task: Task, options: TrainingOptions) -> Path:
     """
     ranks.refuse_strangers(task.kind)
     refuse_missing_wandb(options)
-    device = choose_device(options.device)
+    device, options = choose_device(options.device), settled(options)
     schedule = options.schedule(len(task.data))
     parts = options.batch_parts(ranks.count())
     refuse_foreign_folder(options.output, task.kind)
@@ -125,7 +125,7 @@ def keep(task: Task, options: TrainingOptions) -> Path:
     """
     ranks.refuse_strangers(task.kind)
     refuse_missing_wandb(options)
-    device = choose_device(options.device)
+    device, options = choose_device(options.device), settled(options)
     refuse_foreign_folder(options.output, task.kind)
     state = state_to_resume(task, options)
     ranks.wait()

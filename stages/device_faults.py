@@ -5,11 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, ran_out_of_memory
 from ..pipeline.shard_worker import WorkerLostError
-
-_FULL = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-"""What libraries say whose allocations are not torch's own."""
 
 _FAILED = (
     "CUDA error",
@@ -44,7 +41,7 @@ def device_faults(device: torch.device, way_out: str) -> Iterator[None]:
         yield
     except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         told = str(error)
-        if isinstance(error, torch.OutOfMemoryError) or any(word in told for word in _FULL):
+        if ran_out_of_memory(error):
             raise UserError(f"the memory of {device} ran out: {way_out}") from error
         if isinstance(error, _CLASSES) or any(word in told for word in _FAILED):
             # The lines below the first are advice to programmers.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MissingError, SettingError
-from ..models.autoencoder import SIZES, Architecture, MaskedAutoencoder, draw_predicted
+from ..models.autoencoder import SIZES, Architecture, MaskedAutoencoder
 from ..models.warm_start import Start, take_decoder, take_encoder
 from ..pipeline.cached_images import CachedImages
 from ..pipeline.feeding import Batch
@@ -19,7 +19,7 @@ from ..pipeline.image_source import ImageSource
 from ..pipeline.launching import launch
 from ..pipeline.loaders import PretrainingData
 from ..pipeline.loss_bins import LossBins, part_shares
-from ..pipeline.mask_counts import visible_count
+from ..pipeline.mask_counts import predicted_count, visible_count
 from ..pipeline.mask_policies import POLICIES, Masking, MaskSchedule
 from ..pipeline.options import TrainingOptions, require
 from ..pipeline.part_maps import join_store, read_maps
@@ -123,10 +123,9 @@ class Pretraining(Task):
         self.data = self._data = data
         self.architecture = model.architecture.to_record()
         self._epochs = options.epochs
-        grid = model.architecture.grid
-        self._visible = visible_count(grid[0] * grid[1], options.mask_ratio)
-        self._masked = grid[0] * grid[1] - self._visible
-        self._predicted = max(round(options.predicted_share * self._masked), 1)
+        patches = model.architecture.grid[0] * model.architecture.grid[1]
+        self._visible = visible_count(patches, options.mask_ratio)
+        self._predicted = predicted_count(patches, options.mask_ratio, options.predicted_share)
         model.recomputes = options.recompute
         losses = model.patch_losses
         self._patch_losses = torch.compile(losses) if options.compile else losses
@@ -136,9 +135,8 @@ class Pretraining(Task):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the masked patches; the mean alpha of the batch beside it."""
-        images = batch["images"]
         losses, patches = self._patch_losses(
-            images, batch["mask"], self._visible, self._drawn(len(images), images.device)
+            batch["images"], batch["mask"], self._visible, batch.get("predicted")
         )
         known = losses.detach()
         if self._by_alpha is not None:
@@ -146,12 +144,6 @@ class Pretraining(Task):
         if "parts" in batch:
             self._by_part_size.add(known, part_shares(batch["parts"]).gather(1, patches))
         return losses.mean(), {"alpha": batch["alpha"].mean()}
-
-    def _drawn(self, images: int, device: torch.device) -> Tensor | None:
-        """Which masked patches are predicted; None is all of them."""
-        if self._predicted == self._masked:
-            return None
-        return draw_predicted(images, self._masked, self._predicted, device)
 
     def after_step(self, progress: float, kept: Tensor) -> None:
         """Count its losses by alpha and part size, unless it is skipped."""
@@ -167,8 +159,8 @@ class Pretraining(Task):
             pixels = torch.empty(images, *shape.image_size, 3, dtype=torch.uint8)
             mask = torch.empty(images, shape.grid[0] * shape.grid[1], dtype=torch.bool)
             with FlopCount() as count:
-                drawn = self._drawn(images, pixels.device)
-                losses, _ = twin.patch_losses(pixels, mask, self._visible, drawn)
+                places = torch.empty(images, self._predicted, dtype=torch.int64)
+                losses, _ = twin.patch_losses(pixels, mask, self._visible, places)
                 losses.mean().backward()  # type: ignore[no-untyped-call]
         flops: int = count.flops
         return flops
@@ -252,6 +244,7 @@ def pretraining_data(options: PretrainOptions) -> PretrainingData:
         crop_scale=(options.crop_scale, 1.0),
         store_fingerprint=fingerprint,
         background=background,
+        predicted_share=options.predicted_share,
     )
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import DamageError, MissingError
 from .files import atomic_file
+from .leftovers import sweep_folder
 
 FORMAT = 1
 """Version of the checkpoint layout; a reader refuses a newer one."""
@@ -29,7 +30,7 @@ _NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
 def save_checkpoint(run: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Write ``RUN/checkpoints/step-<step>.pt`` atomically.
+    """Write ``RUN/checkpoints/step-<step>.pt`` atomically; what killed writers left there goes.
 
     Args:
         run: Folder of the run.
@@ -45,6 +46,7 @@ def save_checkpoint(run: Path, step: int, state: Mapping[str, Any]) -> Path:
     """
     _require_plain("state", state)
     path = run / "checkpoints" / f"step-{step:08d}.pt"
+    sweep_folder(path.parent)  # before the write, which may need the space
     with atomic_file(path) as partial:
         torch.save({"format": FORMAT, **state}, partial)
     return path

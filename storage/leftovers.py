@@ -1,4 +1,4 @@
-"""What killed writers leave of files that they did not end: no part of a store, only space."""
+"""What killed writers leave of files that they did not end: no part of anything, only space."""
 
 import contextlib
 import re
@@ -7,7 +7,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import UserError
-from .part_records import UNLASTING
 from .store_paths import StorePath
 
 _LEFTOVER = re.compile(r"\..*\.[0-9a-f]{32}\.tmp", re.DOTALL)
@@ -22,9 +21,8 @@ def is_leftover(name: str) -> bool:
 def sweep(path: StorePath, names: Collection[str]) -> None:
     """Remove what killed writers left of a store that is whole.
 
-    **In a folder** those are temporary files.  A live writer touches its file all the time.  Should
-    a clock be wrong by more than the limit, its rename fails and its shard stays uncommitted;
-    nothing that stands is ever lost.
+    **In a folder** those are temporary files (`sweep_folder`).  Should a clock be wrong, a live
+    writer's shard stays uncommitted; nothing that stands is ever lost.
 
     **On S3** they are parts of uploads that were never ended, which nobody sees and somebody pays
     for.  Where a worker that outlived its driver is still at one, its upload ends in "no such
@@ -35,14 +33,21 @@ def sweep(path: StorePath, names: Collection[str]) -> None:
         names: Its objects, relative to it.
     """
     if isinstance(path, Path):
-        _sweep_folder(path)
+        sweep_folder(path)
         return
+    from .part_records import UNLASTING  # zarr takes a second, and runs sweep folders only
+
     # Only space is at stake, and listing uploads is a right of its own.
     with contextlib.suppress(UserError, OSError):
         path.end_uploads(lambda name: name in names or name.partition("/")[0] in UNLASTING)
 
 
-def _sweep_folder(path: Path) -> None:
+def sweep_folder(path: Path) -> None:
+    """Remove the temporary files of `atomic_file` below a folder that were not touched for an hour.
+
+    A live writer touches its file all the time.  Should a clock be wrong by more than that, its
+    rename fails.
+    """
     oldest = time.time() - _LEFTOVER_SECONDS
     for place in path.rglob(".*.tmp"):
         # Another process may sweep too, and the disk may be read-only.

@@ -1,3 +1,4 @@
+import errno
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -142,6 +143,44 @@ def test_cli__an_interrupted_command_says_how_to_go_on(
     assert_one_sentence(outcome, "goes on")
 
 
+class OutOfMemoryError(RuntimeError):
+    """torch's own has this name."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 3.2 TiB"),
+        OutOfMemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_cli__memory_that_runs_out_is_one_sentence(
+    error: Exception, semmae: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from semmae.stages import make_creatures
+
+    def full(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(make_creatures, "make_creatures", full)
+    outcome = semmae("data", "make-creatures", "--output", "creatures")
+    assert_one_sentence(outcome, "memory ran out", "fewer workers")
+
+
+def test_cli__faults_of_the_program_are_no_sentence(
+    semmae: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from semmae.stages import make_creatures
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(make_creatures, "make_creatures", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        semmae("data", "make-creatures", "--output", "creatures")
+
+
 def test_cli__too_many_workers_leave_no_half_made_store(
     semmae: Command, world: World, tmp_path: Path
 ) -> None:
@@ -167,6 +206,15 @@ def test_cli__dry_run_prints_the_configuration_and_writes_nothing(
         assert f"  {field.name} = " in outcome.err
     assert "  gamma = 3.0" in outcome.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--effective-batch"])
+def test_cli__the_batch_of_an_optimiser_step_has_two_names(semmae: Command, flag: str) -> None:
+    given = ("--data", "d", "--output", "run", "--micro-batch", "8", flag, "48", "--dry-run")
+    assert "  batch_size = 48" in semmae("stage2", "pretrain", *given).err
+    # Where no batch is computed in parts there is one name.
+    assert flag in semmae("stage1", "learn-parts", "--help").out
+    assert (flag in semmae("eval", "linear", "--help").out) == (flag == "--batch-size")
 
 
 def test_settings__flag_over_table_over_shared(semmae: Command, tmp_path: Path) -> None:

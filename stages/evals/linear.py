@@ -17,7 +17,13 @@ from ...models.heads import LinearHead
 from ...pipeline.feeding import Batch, TrainingData
 from ...pipeline.image_source import ImageSource
 from ...pipeline.loaders import AugmentedData
-from ...pipeline.options import TrainingOptions, plain_options, require, training_settings
+from ...pipeline.options import (
+    TrainingOptions,
+    plain_options,
+    require,
+    settled,
+    training_settings,
+)
 from ...pipeline.progress import Progress
 from ...pipeline.schedule import Draw, indices
 from ...pipeline.tasks import Task
@@ -158,6 +164,7 @@ def _fresh(subject: Subject, images: ImageSource, options: LinearOptions) -> _Tr
 def _run_folder(options: LinearOptions, fingerprint: str) -> Path:
     """Where heads train: the same evaluation of the same checkpoint finds its runs again."""
     told: dict[str, Any] = {**plain_options(options), "output": "", "checkpoint": fingerprint}
+    told["precision"] = settled(_training_options(options, options.output)).precision
     name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
     return options.output / "runs" / f"linear-{name}"
 

@@ -41,7 +41,7 @@ def training_of(checkpoint: Path) -> dict[str, Any]:
         "seed": told["seed"],
         "encoder_hash": file_hash(checkpoint.parent.parent / ENCODER_FILE),
         "steps": state["step"],
-        "train_data": state["data"],
+        "train_data": state["data"]["images"],
         "options": {name: value for name, value in told.items() if name not in apart},
     }
 

@@ -155,7 +155,7 @@ def test_pretraining_data__crops_that_are_not_square_are_stretched_no_more_than_
 def test_pretraining_data__makes_a_sample_of_seed_epoch_and_index_alone(
     policy: str, example: Example
 ) -> None:
-    data, draws = example.data(policy, alpha=None), draws_of(24)
+    data, draws = example.data(policy, alpha=None, predicted_share=0.3), draws_of(24)
     whole = data.__getitems__(draws)
     generator = np.random.default_rng(0)
     for size in (1, 5, 24):
@@ -165,10 +165,10 @@ def test_pretraining_data__makes_a_sample_of_seed_epoch_and_index_alone(
             assert equal(row(part, place), row(whole, int(number)))
     others = (
         data.__getitems__([Draw(d.index, 1, d.progress) for d in draws]),
-        example.data(policy, alpha=None, seed=1).__getitems__(draws),
+        example.data(policy, alpha=None, predicted_share=0.3, seed=1).__getitems__(draws),
     )
     for other in others:
-        for name in ("images", "mask"):
+        for name in ("images", "mask", "predicted"):
             differing = (other[name] != whole[name]).flatten(1).any(dim=1)
             assert differing.float().mean() > 0.9
 
@@ -213,6 +213,16 @@ def test_pretraining_data__moves_image_and_map_together(epoch: int, example: Exa
     assert clear > 0.3
     mirrored = batch["images"].flip(2)
     assert np.mean(parts_split_by(batch["mask"], mirrored)[0]) > 2
+
+
+def test_pretraining_data__draws_what_is_predicted_by_numbers_of_its_own(example: Example) -> None:
+    draws = draws_of(24)
+    whole = example.data().__getitems__(draws)
+    some = example.data(predicted_share=0.26).__getitems__(draws)
+    assert some["predicted"].shape == (24, 8)  # of 32 masked patches
+    assert some["predicted"].dtype == torch.int64
+    del some["predicted"]
+    assert equal(some, whole)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 96)])

@@ -8,6 +8,7 @@ from semmae.pipeline.mask_counts import (
     MAX_PATCHES,
     mask_first,
     places_of,
+    predicted_count,
     sort_keys,
     visible_count,
     visible_indices,
@@ -90,3 +91,8 @@ def test_sort_keys__hold_number_and_patch_at_the_largest_size() -> None:
     keys = sort_keys(order)
     assert places_of(keys)[0].tolist() == list(range(MAX_PATCHES))
     assert (keys >> np.uint64(16) == order).all()
+
+
+@pytest.mark.parametrize(("share", "count"), [(1.0, 147), (0.5, 74), (0.25, 37), (1e-6, 1)])
+def test_predicted_count__is_a_share_of_the_masked_patches(share: float, count: int) -> None:
+    assert predicted_count(196, 0.75, share) == count

@@ -15,6 +15,7 @@ from semmae.pipeline.masks import (
     alpha_at,
     masked_counts,
     part_sizes,
+    predicted_places,
     random_masks,
     semantic_masks,
 )
@@ -360,3 +361,14 @@ def test_random_masks__mask_each_patch_equally_often() -> None:
 
 def test_random_masks__ratio_0_masks_nothing() -> None:
     assert not random_masks(PATCHES, 0.0, mask_streams(5)).any()
+
+
+def test_predicted_places__draw_each_place_alike_and_none_twice() -> None:
+    stream = streams(3, Purpose.PREDICTED, 0, np.arange(4000))
+    found = predicted_places(11, 3, stream)
+    assert found.shape == (4000, 3)
+    assert np.all(np.diff(np.sort(found, axis=1), axis=1) > 0)
+    share = np.bincount(found.ravel(), minlength=11) / found.size
+    assert share.tolist() == pytest.approx([1 / 11] * 11, rel=0.1)
+    assert np.array_equal(predicted_places(11, 3, stream[7:9]), found[7:9])
+    assert np.array_equal(np.sort(predicted_places(11, 11, stream[:2])), [range(11)] * 2)

@@ -1,3 +1,5 @@
+import socket
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from semmae.errors import SettingError
-from semmae.pipeline import ranks
+from semmae.pipeline import parallel, ranks
 from semmae.pipeline.feeding import Batch
 from semmae.pipeline.launching import launch
 from semmae.pipeline.loss_bins import LossBins
 from semmae.pipeline.options import TrainingOptions
-from semmae.pipeline.parallel import blocks
+from semmae.pipeline.parallel import Parallel, blocks
 from semmae.pipeline.training import fit
 from semmae.storage.checkpoints import checkpoints, load_checkpoint
 from semmae.storage.dumps import read_dump
@@ -211,6 +213,42 @@ def test_fit__refuses_processes_that_were_not_told_of_each_other(
     assert not list(tmp_path.iterdir())
 
 
+MEETING = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+NOT_TOLD = "the environment tells of 2 processes, but not how they meet"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two': expected a number of processes"),
+        (
+            {"RANK": None},
+            rf"{NOT_TOLD} \(RANK=, WORLD_SIZE=2, MASTER_ADDR=127.0.0.1, MASTER_PORT=1",
+        ),
+        ({"RANK": "first"}, NOT_TOLD),
+        ({"MASTER_ADDR": None}, NOT_TOLD),
+        ({"MASTER_PORT": "p"}, NOT_TOLD),
+        ({"MASTER_PORT": "taken"}, "did not meet .*MASTER_PORT=.*address already in use"),
+        ({"MASTER_PORT": "free"}, "did not meet .*1/2 clients joined.*and 2 processes"),
+    ],
+)
+def test_launch__processes_that_do_not_meet_are_one_sentence(
+    changes: dict[str, str | None], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "PATIENCE", timedelta(seconds=1))
+    with socket.create_server(("", 0)) as taken, socket.create_server(("", 0)) as free:
+        ports = {"taken": str(taken.getsockname()[1]), "free": str(free.getsockname()[1])}
+        free.close()
+        for name, value in {**MEETING, **changes}.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, ports.get(value, value))
+        with pytest.raises(SettingError, match=said):
+            peer_run(0, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # Steps that are not finite, and the average of the weights.
 
 
@@ -331,3 +369,22 @@ def test_blocks__are_the_members_of_lists_of_equal_modules() -> None:
         {"encoder": encoder, "one": nn.Sequential(*stack(1)), "decoder": decoder, "end": nn.GELU()}
     )
     assert blocks(model) == [*encoder, *decoder]
+
+
+@pytest.mark.parametrize(("device", "steady"), [("cpu", True), ("cuda", False)])
+def test_parallel__looks_for_unused_parameters_only_where_bits_are_promised(
+    device: str, steady: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each step would wait for the device, to learn which are unused."""
+    asked = []
+
+    def replicas(held: nn.Module, **settings: bool) -> nn.Module:
+        asked.append((len(list(held.parameters())), settings))
+        return held
+
+    monkeypatch.setattr(parallel, "DistributedDataParallel", replicas)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "send_to_all", lambda tensors: None)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    Parallel(model, torch.device(device), "none")
+    assert asked == [(2 + steady, {"find_unused_parameters": steady})]

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,10 @@ import torch
 from torch import nn
 
 from semmae.errors import DamageError, MismatchError, MissingError, SettingError
+from semmae.pipeline.options import TrainingOptions
 from semmae.pipeline.training import fit
 from semmae.storage.checkpoints import checkpoints, load_checkpoint
+from semmae.storage.leftovers import is_leftover
 from semmae.tests.pipeline.tiny import (
     PER_EPOCH,
     STEPS,
@@ -194,7 +198,7 @@ class OtherKind(TinyTask):
             lambda: TinyTask(TinyData(images=23)),
             {},
             MismatchError,
-            r"other data: 22 images with fingerprint 000000000000, now 23 with",
+            r"other data: the images had fingerprint 0+, now 0+ \(22 images then, 23 now\);",
         ),
         (OtherKind, {}, MismatchError, r"holds a run of kind 'tiny', this is 'other'"),
         (TinyTask, {"resume": "never"}, SettingError, r"--resume auto"),
@@ -253,6 +257,22 @@ def test_fit__lets_free_options_change(whole: Whole, tmp_path: Path) -> None:
     assert json.loads((moved / "options.json").read_text())["options"]["log_steps"] == 1
 
 
+def test_fit__goes_on_in_the_precision_that_auto_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = TinyTask()
+    task.fails_at = 8
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(TrainingOptions, "precision_on", lambda options, device: "bf16")
+        with pytest.raises(KilledError):
+            fit(task, options(tmp_path))
+    assert json.loads((tmp_path / "options.json").read_text())["options"]["precision"] == "bf16"
+    with pytest.raises(MismatchError, match="--precision was bf16, is fp32"):
+        fit(TinyTask(), options(tmp_path))
+    path = fit(TinyTask(), options(tmp_path, precision="bf16"))
+    assert load_checkpoint(path)["step"] == STEPS
+
+
 def test_fit__points_at_the_checkpoint_before_a_damaged_one(whole: Whole, tmp_path: Path) -> None:
     chosen, task = options(tmp_path / "run"), TinyTask()
     task.fails_at = 2 * PER_EPOCH + 1
@@ -275,3 +295,35 @@ def test_fit__says_a_users_mistake_of_a_worker_in_one_sentence(
     with pytest.raises(MissingError) as raised:
         fit(task, options(tmp_path, loader_workers=workers))
     assert str(raised.value) == "the folder of images is gone"
+
+
+# What a kill leaves.
+
+
+def test_fit__removes_what_a_kill_left_of_a_checkpoint(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, save = options(tmp_path, checkpoint_epochs=2, keep_checkpoints=0), torch.save
+    child = os.fork()
+    if child == 0:
+
+        def killed(state: Any, place: Path) -> None:
+            save(state, place)
+            if state["step"] == 4 * PER_EPOCH:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            monkeypatch.setattr(torch, "save", killed)
+            fit(TinyTask(), chosen)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    (left,) = (tmp_path / "checkpoints").glob(".*")
+    assert is_leftover(left.name)
+    # It might be that of a writer who lives, until it was not touched for long.
+    fit(TinyTask(), chosen)
+    assert left.exists()
+    os.utime(left, (0, 0))
+    path = fit(TinyTask(), chosen)  # which has no step left
+    assert same(path, whole.path)
+    assert not list((tmp_path / "checkpoints").glob(".*"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from semmae.models.parts import PartLearner
+from semmae.pipeline.gradients import Computed, Gradients
 from semmae.pipeline.options import TrainingOptions
 from semmae.stages import learn_parts as learning
 from semmae.stages.learn_encoder import LearnEncoderOptions, learn_encoder
@@ -77,11 +78,15 @@ def test_learn_parts__all_processes_take_the_start_of_the_first(
         torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-4)
 
 
+IN_PARTS = {"predicted_share": 0.4, "micro_batch": 0}
+"""One part in one process, two in two: what is predicted is drawn of the image, not of its part."""
+
+
 @pytest.mark.parametrize(
     ("stage", "options", "changes"),
     [
-        (pretrain, pretrain_options, {"sharding": "fsdp"}),
-        slow(pretrain, pretrain_options, {}),
+        (pretrain, pretrain_options, {"sharding": "fsdp", **IN_PARTS}),
+        slow(pretrain, pretrain_options, IN_PARTS),
         slow(learn_parts, learn_options, {}),
         slow(learn_parts, learn_options, {"sharding": "fsdp"}),
         slow(learn_parts, learn_options, {"variant": "kmeans"}),
@@ -99,12 +104,12 @@ def test_stages__in_two_processes_train_as_in_one(
     tmp_path: Path,
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
+    given = {"micro_batch": 8, **changes}
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = stage(options(world, one, micro_batch=8, **changes))
+    alone = stage(options(world, one, **given))
     torch.set_num_threads(before)
-    given = options(world, two, micro_batch=8, **changes)
-    told = together(2, partial(run_stage, stage=stage, given=given))
+    told = together(2, partial(run_stage, stage=stage, given=options(world, two, **given)))
     path = two / "checkpoints" / alone.name
     assert told == [Told(value=path)] * 2
     expected = weights(alone)
@@ -117,3 +122,37 @@ def test_stages__in_two_processes_train_as_in_one(
     )
     assert len(losses) == (changes.get("variant") != "kmeans")
     assert {p.name for p in two.glob("pictures/*")} == {p.name for p in one.glob("pictures/*")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "changes"),
+    [
+        (pretrain, pretrain_options, {"predicted_share": 0.4}),
+        (learn_parts, learn_options, {"rounds": 1}),
+        (learn_parts, learn_options, {"variant": "paper"}),
+        (learn_encoder, encoder_options, {}),
+        (learn_encoder, encoder_options, {"method": "distil"}),
+    ],
+)
+def test_stages__give_every_parameter_a_gradient(
+    stage: Callable[[Any], Path],
+    options: Callable[..., TrainingOptions],
+    changes: dict[str, Any],
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On GPUs DDP waits for all of them (`pipeline.parallel`)."""
+    found: list[bool] = []
+
+    def looked_at(gradients: Gradients, *given: Any) -> Computed:
+        computed = of_step(gradients, *given)
+        trained = [p for p in gradients._task.model.parameters() if p.requires_grad]
+        found.append(bool(trained) and all(p.grad is not None for p in trained))
+        return computed
+
+    of_step = Gradients.of_step
+    monkeypatch.setattr(Gradients, "of_step", looked_at)
+    stage(options(world, tmp_path / "run", **changes))
+    assert found
+    assert all(found)

@@ -1,7 +1,9 @@
 import dataclasses
 import itertools
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from semmae.errors import DamageError, MismatchError, MissingError, SettingError
 from semmae.models.autoencoder import MaskedAutoencoder
 from semmae.pipeline.crops import flips
+from semmae.pipeline.feeding import Batch
 from semmae.pipeline.flops import FlopCount
 from semmae.pipeline.loss_bins import part_shares
 from semmae.pipeline.mask_policies import POLICIES
@@ -27,8 +31,9 @@ from semmae.stages.pretrain import (
     pretrain,
     pretraining_data,
 )
-from semmae.storage.checkpoints import load_checkpoint
+from semmae.storage.checkpoints import checkpoints, load_checkpoint
 from semmae.storage.part_store import PartStore
+from semmae.tests.pipeline.tiny import lines_of, log_of, same
 from semmae.tests.world import World, pretrain_options
 
 
@@ -157,6 +162,19 @@ def test_pretraining__knows_the_flops_of_its_step(
     with FlopCount() as count:
         task.loss(batch)[0].backward()  # type: ignore[no-untyped-call]
     assert task.flops(6) == count.flops > 0
+
+
+def test_pretrain__predicts_the_same_patches_in_parts_of_any_size(
+    world: World, tmp_path: Path
+) -> None:
+    found = []
+    for size in (0, 4):
+        settings = {"micro_batch": size, "predicted_share": 0.4, "precision": "fp32"}
+        run = tmp_path / str(size)
+        pretrain(pretrain_options(world, run, log_steps=1, **settings))
+        points = (run / "steps.jsonl").read_text().splitlines()
+        found.append([json.loads(point)["loss"] for point in points])
+    assert found[1] == pytest.approx(found[0], rel=2e-5)
 
 
 def test_pretrain__random_masks_follow_neither_alpha_nor_parts(
@@ -300,3 +318,106 @@ def test_pretrain__a_store_of_other_images_is_refused(world: World, tmp_path: Pa
 
     with pytest.raises(MismatchError, match="lacks 20 of 20"):
         pretrain(replace(options, parts=world.store))
+
+
+def test_pretrain__says_which_of_images_and_part_store_changed(
+    world: World, attentive_store: Path, tmp_path: Path
+) -> None:
+    options = pretrain_options(world, tmp_path / "run", parts=world.store, masking="semantic")
+    pretrain(options)
+    with pytest.raises(MismatchError) as raised:
+        pretrain(dataclasses.replace(options, parts=attentive_store))
+    told = [PartStore.open(store).fingerprint[:12] for store in (world.store, attentive_store)]
+    assert str(raised.value) == (
+        f"the run in {tmp_path / 'run'} was started on other data: the part store had fingerprint "
+        f"{told[0]}, now {told[1]} (72 images then, 72 now); restore what changed or choose "
+        "another --output"
+    )
+    shutil.copytree(world.data, tmp_path / "images")
+    next((tmp_path / "images" / "train").rglob("*.png")).unlink()
+    changed = str(tmp_path / "images")
+    with pytest.raises(MismatchError, match=r"data: the images had [^;]*\(72 images then, 71 now"):
+        pretrain(dataclasses.replace(options, data=changed))
+    options = dataclasses.replace(options, output=tmp_path / "random", masking="random")
+    pretrain(options)
+    with pytest.raises(MismatchError, match=r"the images had .*; the part store had .*, now none"):
+        pretrain(dataclasses.replace(options, data=changed, parts=None))
+
+
+def test_pretrain__killed_and_gone_on_with_is_the_same_to_the_bit(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all that draws or keeps anything: masks of parts, workers, places, average."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    settings = {"masking": "semantic", "parts": world.store, "epochs": 2, "ema": 0.9}
+    settings |= {"predicted_share": 0.4, "loader_workers": 2, "checkpoint_steps": 3}
+    whole = pretrain(pretrain_options(world, tmp_path / "whole", micro_batch=8, **settings))
+    options = pretrain_options(world, tmp_path / "killed", micro_batch=8, **settings)
+    child = os.fork()
+    if child == 0:
+        loss, calls = Pretraining.loss, []
+
+        def killed(task: Pretraining, batch: Batch) -> tuple[torch.Tensor, Any]:
+            calls.append(1)
+            if len(calls) == 12:  # the sixth step's second part, in the middle of an epoch
+                os.kill(os.getpid(), signal.SIGKILL)
+            return loss(task, batch)
+
+        try:
+            monkeypatch.setattr(Pretraining, "loss", killed)
+            pretrain(options)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert [step for step, _ in checkpoints(options.output)] == [3, 4]
+    path = pretrain(options)
+    assert path.name == whole.name
+    assert same(path, whole)
+    assert log_of(options.output) == log_of(tmp_path / "whole")
+
+
+def test_pretrain__reads_no_tensor_between_two_points_of_the_log(
+    world: World, tmp_path: Path
+) -> None:
+    """The host would wait for the device at each."""
+    reads: list[int] = []
+
+    class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                reads.append(1)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    settings = {"masking": "semantic", "parts": world.store, "predicted_share": 0.4, "ema": 0.9}
+    for batch in (24, 8):  # in three steps and in nine
+        options = pretrain_options(world, tmp_path / str(batch), log_steps=1000, **settings)
+        options = dataclasses.replace(options, batch_size=batch, clip_gradients=1.0)
+        reads.clear()
+        with Counting():  # type: ignore[no-untyped-call]
+            pretrain(options)
+        counts.append(len(reads))
+    assert counts[0] == counts[1] > 0
+
+
+def test_pretrain__compiled_it_trains_as_it_does_plain(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs as for torch's own compiler, which would take a minute, but run as they are."""
+    compiled, asked = torch.compile, []
+
+    def traced(function: Any) -> Any:
+        asked.append(function)
+        return compiled(function, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    found = []
+    for compiling in (False, True):
+        run = tmp_path / str(compiling)
+        settings = {"compile": compiling, "predicted_share": 0.4, "log_steps": 1}
+        pretrain(pretrain_options(world, run, **settings))
+        found.append([point["loss"] for point in lines_of(run, "steps.jsonl")])
+    assert len(asked) == 1
+    assert found[1] == pytest.approx(found[0], rel=1e-4)

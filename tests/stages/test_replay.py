@@ -69,7 +69,7 @@ def test_replay__finds_the_part_and_the_gradients(
     assert path.exists()
     (written,) = (tmp_path / "run" / "non-finite").glob("*.json")
     dump = read_dump(written)
-    assert dump.arrays.keys() == {"images.crc32", "mask", "alpha", "index", "parts"}
+    assert dump.arrays.keys() == {"images.crc32", "mask", "alpha", "index", "parts", "predicted"}
     found = replayed(dump, ReplayOptions(dump=written, device="cpu"))
     assert sum(math.isinf(loss) for loss in found.losses) == 1
     assert found.losses == [float(loss) for loss in dump.record["losses"]]

@@ -1,5 +1,7 @@
 import argparse
+import os
 import pickle
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -214,3 +216,13 @@ def test_file_hash__is_that_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert file_hash(tmp_path / "a") == expected
+
+
+def test_save_checkpoint__makes_room_first(tmp_path: Path) -> None:
+    old = tmp_path / "checkpoints" / f".step-00000001.pt.{'0' * 32}.tmp"
+    save_checkpoint(tmp_path, 1, {})
+    for age in (0.0, time.time()):
+        old.write_bytes(b"half")
+        os.utime(old, (age, age))
+        save_checkpoint(tmp_path, 2, {})
+        assert old.exists() == bool(age)
