@@ -24,3 +24,10 @@ class MismatchError(UserError, ValueError):
 
 class DamageError(UserError, OSError):
     """A stored object is not what was written: truncated, altered, or not complete."""
+
+
+class UnreadableError(UserError, OSError):
+    """What is stored cannot be read now, as its disk or mount fails or denies it; it may be sound.
+
+    Its cause is what the system said.
+    """

@@ -4,6 +4,7 @@ import zlib
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -310,10 +311,12 @@ def test_extract_parts__leaves_what_another_writer_commits_meanwhile(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = options_for(world, tmp_path / "store")
+    with pytest.raises(KeyboardInterrupt):
+        extract_parts(options, Stops)
     look = part_check.damaged_shards
 
-    def while_another_writes(path: Path) -> set[int]:
-        found = look(path)
+    def while_another_writes(*given: Any) -> set[int]:
+        found = look(*given)
         monkeypatch.setattr(store_filling, "damaged_shards", look)
         extract_parts(options)
         return found
