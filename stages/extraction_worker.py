@@ -25,7 +25,7 @@ from ..pipeline.shard_worker import Record, WorkerLostError
 from ..pipeline.sources import ImageReader
 from ..pipeline.watching import Tell
 from ..storage.image_cache import write_image_cache
-from ..storage.part_records import plan_table, read_set_up
+from ..storage.part_records import plan_table, read_set_up, same_store
 from ..storage.part_store import PartStore
 from ..storage.part_tries import begin_try, take_back_try
 from .device_faults import device_faults
@@ -178,6 +178,7 @@ class ExtractionWorker:
         """Note the try, and find the images that kill if there were too many."""
         settings = self._settings
         start, stop = self.identity.shard_range(shard)
+        same_store(settings.output)  # else the try would be noted in a folder made for it alone
         tries = begin_try(settings.output, shard, settings.run)
         if tries.before:
             self._writer.wait()

@@ -178,9 +178,12 @@ def fill_store(
         MissingError: The store is gone meanwhile.
         UnreadableError: The system refuses to read what is there.
     """
-    create_store(options.output, identity, plan.tables(), plan.class_names)
+    begun = create_store(options.output, identity, plan.tables(), plan.class_names)
     done = _sound_shards(options.output)
     todo = [shard for shard in range(identity.shards) if shard not in done]
+    # An empty folder where a disk should be mounted looks like a new store.
+    begins = f"goes on, {len(done)} of" if begun else "begins a new store of"
+    print(f"{options.output}: {begins} {identity.shards} shards", file=sys.stderr)
     started = datetime.now(UTC)
     if todo:  # a store that is complete already may lie on a read-only disk
         _record_run(command, options, identity, started)

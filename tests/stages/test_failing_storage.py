@@ -3,13 +3,17 @@
 import errno
 import os
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from semmae.errors import DamageError, MissingError, UnreadableError, UserError
+from semmae.pipeline.shard_worker import Record
+from semmae.pipeline.watching import Tell
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
+from semmae.stages.extraction_worker import ExtractionWorker
 from semmae.stages.store_care import RepairPartsOptions, repair_parts, verify_parts
 from semmae.storage import files, part_check
 from semmae.storage.part_check import complete_store
@@ -110,6 +114,35 @@ def test_extract_parts__a_mount_that_is_lost_while_it_is_checked_is_told(
         extract_parts(options_for(world, store))
     assert not list(store.iterdir())
     assert lasting_bytes(store.with_name("elsewhere")) == lasting_bytes(world.store)
+
+
+def test_extract_parts__a_mount_that_is_lost_between_shards_is_told_and_not_written_to(
+    world: World, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+
+    class Loses(ExtractionWorker):
+        def __call__(self, shard: int, tell: Tell = print) -> Future[Record]:
+            if shard == 1:
+                self._writer.wait()
+                unmount(store)
+            return super().__call__(shard, tell)
+
+    with pytest.raises(MissingError, match=r"is gone: .*still mounted"):
+        extract_parts(options_for(world, store), Loses)
+    assert not list(store.iterdir())
+    assert (tmp_path / "elsewhere/commits/00000.json").exists()
+
+
+def test_extract_parts__says_whether_the_store_is_a_new_one(
+    world: World, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (store / "commits/00001.json").unlink()
+    extract_parts(options_for(world, store))
+    assert f"{store}: goes on, 2 of 3 shards\n" in capsys.readouterr().err
+    unmount(store)
+    extract_parts(options_for(world, store))
+    assert f"{store}: begins a new store of 3 shards\n" in capsys.readouterr().err
 
 
 def test_extract_parts__tells_progress_while_it_reads_the_store(
