@@ -36,9 +36,6 @@ from .shard_writing import MadeShard, ShardWriter
 from .store_filling import meta_rows
 from .worker_settings import WorkerSettings
 
-CHECKED_BATCHES = 8
-"""Batches whose labels are compared with those of full precision."""
-
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions below float32, by name."""
 
@@ -111,7 +108,7 @@ class ExtractionWorker:
 
         Returns:
             ``shard``, counts ``ok`` and ``bad``, ``seconds`` by activity (`pace.ACTIVITIES`), and
-            if this shard is the checked one ``equal`` and ``compared``: patches whose label is that
+            if this shard is a checked one ``equal`` and ``compared``: patches whose label is that
             of full precision, of how many.  Of a shard that another worker committed meanwhile
             only the first three.
 
@@ -162,17 +159,13 @@ class ExtractionWorker:
             if before is not None:
                 self._finish(made, before)
                 tell(len(made.rows))
-                if made.shard == self._settings.checked and before.first < self._checked_images:
+                if made.shard in self._settings.checked and not made.compared[1]:
                     self._compare(before, made.compared)
             spent["device"] += time.perf_counter() - began
             before = after
             if before is None:
                 return
             self._writer.refuse_failure()
-
-    @property
-    def _checked_images(self) -> int:
-        return CHECKED_BATCHES * self.identity.batch_size
 
     def _begin(self, shard: int) -> ShardImages:
         """Note the try, and find the images that kill if there were too many."""
