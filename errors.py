@@ -44,3 +44,10 @@ def ran_out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError)
         and (type(error).__name__ == "OutOfMemoryError" or any(word in told for word in _FULL))
     )
+
+
+class UnreadableError(UserError, OSError):
+    """What is stored cannot be read now, as its disk or mount fails or denies it; it may be sound.
+
+    Its cause is what the system said.
+    """

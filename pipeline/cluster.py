@@ -70,6 +70,7 @@ def open_workers(placement: Placement) -> Iterator[Workers]:
             cluster at the address, or it asks for another token.
         MissingError: semmae is not installed on a node of the cluster.
         MismatchError: A node has another version of semmae or torch.
+        UserError: Ray cannot be started on this machine; raised when it is needed first.
     """
     if placement.workers == 0:
         yield _Here(placement)

@@ -6,7 +6,6 @@ integer.  Page checksums are verified wherever a file has them.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from ..errors import DamageError, MissingError, SettingError, UserError
 from .archives import ArchiveIndex, require_classes
 from .data_root import DataRoot
+from .single_flight import SingleFlight
 
 _ROWS_A_BATCH = 256
 _CACHED_ROW_GROUPS = 2
@@ -125,7 +125,8 @@ def _encoded(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
 class ParquetImages:
     """Encoded images in Parquet files below one folder.
 
-    No file stays open and the caches hold no lock while they load, so a fork finds none taken.
+    No file stays open, and the caches are made for forks.  Threads that want the same row group at
+    once share one read of it.
 
     Args:
         root: Folder that the paths are relative to.
@@ -135,9 +136,9 @@ class ParquetImages:
 
     def __init__(self, root: DataRoot, in_memory: bool) -> None:
         self._root, self._in_memory = root, in_memory
-        self._whole = lru_cache(maxsize=None)(self._load_file)
-        self._group_starts = lru_cache(maxsize=None)(self._load_group_starts)
-        self._group = lru_cache(maxsize=_CACHED_ROW_GROUPS)(self._load_group)
+        self._whole = SingleFlight(self._load_file)
+        self._group_starts = SingleFlight(self._load_group_starts)
+        self._group = SingleFlight(self._load_group, _CACHED_ROW_GROUPS)
 
     def warm(self, paths: Iterable[str]) -> None:
         """Load whole files; does nothing unless they are kept in memory.

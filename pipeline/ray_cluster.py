@@ -137,7 +137,12 @@ class RayCluster:
                     ray.init(address=address, **quiet)
         except Exception as error:
             if address is None:
-                raise
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise UserError(
+                    f"Ray cannot be started on this machine ({reason}): see whether its memory, "
+                    "/dev/shm and the folder of temporary files have room, or work without "
+                    "--workers"
+                ) from error
             raise joining_refusal(address, error) from error
         self._joined = True
         # Prints what befalls workers, whatever Ray is told; `ray_shards` tells it.

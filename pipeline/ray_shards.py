@@ -10,7 +10,13 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from .ray_cluster import RayCluster, cause_of
-from .shard_worker import ShardActor, ShardWorker, WorkerLostError, written_shards
+from .shard_worker import (
+    ShardActor,
+    ShardWorker,
+    WorkerFullError,
+    WorkerLostError,
+    written_shards,
+)
 from .watching import Tally, Told, Watch, watched
 
 MOST_DEATHS = 8
@@ -119,9 +125,10 @@ class _Given:
                 f"workers died {self._deaths} times and did not one shard: see whether memory "
                 "runs out when the learner is loaded, and use fewer --workers"
             ) from error
-        failed = isinstance(error, WorkerLostError)
+        told = isinstance(error, WorkerLostError)
+        failed = told and not isinstance(error, WorkerFullError)
         print(
-            f"{error}; " * failed + f"a worker died at {actor.holds}, to be done by the next",
+            f"{error}; " * told + f"a worker died at {actor.holds}, to be done by the next",
             file=sys.stderr,
         )
         self._waiting.extendleft(reversed(actor.held))

@@ -18,13 +18,17 @@ from .watching import Tell
 Record = Mapping[str, Any]
 """What a worker says of a shard that is done; plain data."""
 
-_LOST, _REFUSED, _BROKEN = "lost", "refused", "broken"
-"""Keys of a reply that stands for what a worker raised: another worker's to mend, the user's, or
-ours."""
+_LOST, _FULL, _REFUSED, _BROKEN = "lost", "full", "refused", "broken"
+"""Keys of a reply that stands for what a worker raised: another worker's to mend (the second one
+where memory ran out), the user's, or ours."""
 
 
 class WorkerLostError(UserError):
     """The process of a worker can do nothing more, though another one might."""
+
+
+class WorkerFullError(WorkerLostError):
+    """The memory of a worker's process ran out: its shard may be to blame, its GPU is not."""
 
 
 class ShardWorker(Protocol):
@@ -131,11 +135,12 @@ class ShardActor:
             else:
                 told = functools.partial(tally.tell.remote, shard)
                 written = self._worker.do(shard, lambda images: told(images, name))
-        except WorkerLostError as error:
+        except (WorkerLostError, MemoryError) as error:
             self._lost = True
             if self._worker is not None:
                 self._worker.wait()
-            return {_LOST: str(error), "host": host}
+            kind = _LOST if isinstance(error, WorkerLostError) else _FULL
+            return {kind: str(error), "host": host}
         except UserError as error:
             return {_REFUSED: type(error).__name__, "message": str(error), "host": host}
         except OSError as error:
@@ -155,7 +160,8 @@ def written_shards(reply: str, address: str | None) -> list[tuple[int, dict[str,
         address: Of the cluster, where the host is told too; None on this machine.
 
     Raises:
-        WorkerLostError: The actor must not be given shards before it is `ShardActor.ready` again.
+        WorkerLostError: The actor must not be given shards before it is `ShardActor.ready` again;
+            a `WorkerFullError` where its memory ran out.
     """
     told = json.loads(reply)
     if isinstance(told, list):
@@ -163,6 +169,9 @@ def written_shards(reply: str, address: str | None) -> list[tuple[int, dict[str,
     where = "" if address is None or _BROKEN in told else f"on {told['host']}: "
     if _LOST in told:
         raise WorkerLostError(f"{where}{told[_LOST]}")
+    if _FULL in told:
+        reason = f" ({told[_FULL]})" if told[_FULL] else ""
+        raise WorkerFullError(f"{where}memory ran out{reason}: fewer --workers need less of it")
     if _REFUSED in told:
         raise getattr(errors, told[_REFUSED])(f"{where}{told['message']}")
     raise RuntimeError(f"a worker failed:\n{told[_BROKEN]}")

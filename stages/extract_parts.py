@@ -28,6 +28,9 @@ from .previous_store import keep_previous, previous_rows, refuse_other_parts
 from .store_filling import fill_store
 from .worker_settings import WorkerSettings
 
+CHECKED_SHARDS = 8
+"""Shards of a run, spread over the store, of which a batch is compared with full precision."""
+
 LEAST_EQUAL = 0.995
 """Share of patches whose label must be that of full precision; below it, a warning."""
 
@@ -153,11 +156,12 @@ def extract_parts(
                     file=sys.stderr,
                 )
             workers.refuse_hidden(on_disk(options.output.absolute() / "plan.json"))
-            checked = shards[0] if options.precision != "fp32" else None
-            make = functools.partial(worker, dataclasses.replace(settings, checked=checked))
-            for record in workers.map(make, shards, watch):
-                _tell_precision(options.precision, record)
-                yield record
+            checked = [] if options.precision == "fp32" else _spread(shards, CHECKED_SHARDS)
+            # First, so that it is soon told.
+            shards = [*checked, *(shard for shard in shards if shard not in checked)]
+            settled = dataclasses.replace(settings, checked=frozenset(checked))
+            records = workers.map(functools.partial(worker, settled), shards, watch)
+            yield from _telling_precision(options.precision, checked, records)
 
         command = "stage1 extract-parts"
         return fill_store(command, "extracting parts", options, identity, plan, work)
@@ -242,12 +246,35 @@ def _device_of(options: ExtractPartsOptions, workers: Workers) -> str:
     return workers.device_type if options.workers else options.device
 
 
-def _tell_precision(precision: str, record: dict[str, Any]) -> None:
-    """Say how far the labels of lower precision are those of full precision."""
-    if record.get("compared"):
-        share = record["equal"] / record["compared"]
-        print(
-            f"labels in {precision}: {share:.2%} of {record['compared']} patches as in fp32"
-            + ("" if share >= LEAST_EQUAL else "; that is few: consider --precision fp32"),
-            file=sys.stderr,
+def _spread(shards: list[int], count: int) -> list[int]:
+    """Some of the shards, or all, far apart: images that lie side by side are often of a class."""
+    count = min(count, len(shards))
+    return [shards[place * len(shards) // count] for place in range(count)]
+
+
+def _telling_precision(
+    precision: str, checked: list[int], records: Iterator[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Records of shards, and a line on how far labels of lower precision are those of full."""
+    left, equal, compared = set(checked), 0, 0
+    for record in records:
+        if left:
+            left.discard(record["shard"])
+            equal += record.get("equal", 0)
+            compared += record.get("compared", 0)
+            if not left:
+                print(_agreement(precision, equal, compared, len(checked)), file=sys.stderr)
+        yield record
+
+
+def _agreement(precision: str, equal: int, compared: int, shards: int) -> str:
+    if not compared:
+        return (
+            f"labels in {precision} were not compared with those in fp32: of the {shards} shards "
+            "chosen for it this run encodes no image"
         )
+    few = "" if equal / compared >= LEAST_EQUAL else "; that is few: consider --precision fp32"
+    return (
+        f"labels in {precision}: {equal / compared:.2%} of {compared} patches, from {shards} "
+        f"shards, as in fp32{few}"
+    )

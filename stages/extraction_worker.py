@@ -25,7 +25,7 @@ from ..pipeline.shard_worker import Record, WorkerLostError
 from ..pipeline.sources import ImageReader
 from ..pipeline.watching import Tell
 from ..storage.image_cache import write_image_cache
-from ..storage.part_records import plan_table, read_set_up
+from ..storage.part_records import plan_table, read_set_up, same_store
 from ..storage.part_store import PartStore
 from ..storage.part_tries import begin_try, take_back_try
 from .device_faults import device_faults
@@ -35,9 +35,6 @@ from .shard_images import ShardImages, fatal_after
 from .shard_writing import MadeShard, ShardWriter
 from .store_filling import meta_rows
 from .worker_settings import WorkerSettings
-
-CHECKED_BATCHES = 8
-"""Batches whose labels are compared with those of full precision."""
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions below float32, by name."""
@@ -111,7 +108,7 @@ class ExtractionWorker:
 
         Returns:
             ``shard``, counts ``ok`` and ``bad``, ``seconds`` by activity (`pace.ACTIVITIES`), and
-            if this shard is the checked one ``equal`` and ``compared``: patches whose label is that
+            if this shard is a checked one ``equal`` and ``compared``: patches whose label is that
             of full precision, of how many.  Of a shard that another worker committed meanwhile
             only the first three.
 
@@ -162,7 +159,7 @@ class ExtractionWorker:
             if before is not None:
                 self._finish(made, before)
                 tell(len(made.rows))
-                if made.shard == self._settings.checked and before.first < self._checked_images:
+                if made.shard in self._settings.checked and not made.compared[1]:
                     self._compare(before, made.compared)
             spent["device"] += time.perf_counter() - began
             before = after
@@ -170,14 +167,11 @@ class ExtractionWorker:
                 return
             self._writer.refuse_failure()
 
-    @property
-    def _checked_images(self) -> int:
-        return CHECKED_BATCHES * self.identity.batch_size
-
     def _begin(self, shard: int) -> ShardImages:
         """Note the try, and find the images that kill if there were too many."""
         settings = self._settings
         start, stop = self.identity.shard_range(shard)
+        same_store(settings.output)  # else the try would be noted in a folder made for it alone
         tries = begin_try(settings.output, shard, settings.run)
         if tries.before:
             self._writer.wait()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import DamageError, MissingError
+from ..errors import DamageError, MissingError, UnreadableError
 from ..pipeline.decoding import BadImage
 from ..pipeline.plan import plan_of_rows
 from ..pipeline.plan_matching import MATCHED, matches_of
@@ -87,7 +87,7 @@ def _blocks(path: StorePath, data: str) -> Iterator[_Block]:
         try:
             described = read_commit(path, identity, shard)["objects"][name]
             meta = decode_table(read_checked(path / name, described), ["key", "crc32"])
-        except (MissingError, DamageError):
+        except (MissingError, DamageError, UnreadableError):
             continue
         for start in range(first, stop, _BLOCK):
             here = slice(start, min(start + _BLOCK, stop))

@@ -1,6 +1,8 @@
 """`semmae parts verify` and `semmae parts repair`: find damage in a part store, and mend it."""
 
+import contextlib
 import dataclasses
+import errno
 import sys
 import time
 import typing
@@ -9,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from ..errors import DamageError, MissingError, SettingError
+from ..errors import DamageError, MissingError, SettingError, UnreadableError, UserError
 from ..pipeline.progress import Progress
-from ..storage.files import read_json
+from ..storage.files import NO_FILE, read_json, read_whole
 from ..storage.part_check import (
     Fault,
     check_complete,
@@ -38,6 +40,10 @@ MAKERS = {
     "parts import": _Maker(ImportPartsOptions, import_parts),
 }
 """Commands that fill stores, as the records in ``runs/`` name them."""
+
+
+_LOST = {errno.EIO, errno.EBADMSG, errno.EUCLEAN}
+"""What the system says of a file that its disk has lost; it says so of a lost mount, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +120,10 @@ def repair_parts(options: RepairPartsOptions) -> list[Fault]:
         MismatchError: Images, learner or labels are no longer those of the store; an image that
             kept its size is told by meta rows that still stand.
         DamageError: Something could not be mended, such as foreign files.
+        UnreadableError: The storage fails, so that nothing is known of what is there.
     """
     before = verify_parts(options.parts)
+    _remove_lost(options.parts, before)
     mendable = [fault for fault in before if not fault.reason.startswith("is foreign")]
     if mendable:
         maker, settings = _last_run(options.parts)
@@ -139,13 +147,50 @@ def repair_parts(options: RepairPartsOptions) -> list[Fault]:
     return mendable
 
 
+def _remove_lost(path: StorePath, faults: list[Fault]) -> None:
+    """Remove what a disk has lost, so that it is made anew; storage that fails as a whole raises.
+
+    Args:
+        path: Folder of the store.
+        faults: What is wrong with it.
+    """
+    unread = {fault.name: fault.error for fault in faults if fault.error is not None}
+    if not unread:
+        return
+    # One of both is there and can be read, as long as the storage itself does not fail.
+    standing = next((name for name in ("plan.json", "complete.json") if name not in unread), None)
+    if standing is None:
+        raise next(iter(unread.values()))
+    for name in unread:
+        with contextlib.suppress(DamageError, MissingError):
+            read_json(path / standing)
+        try:
+            read_whole(path / name)
+        except NO_FILE:
+            continue
+        except UnreadableError as error:
+            if getattr(error.__cause__, "errno", None) not in _LOST:
+                raise
+            _remove(path / name)
+
+
+def _remove(place: StorePath) -> None:
+    try:
+        place.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{place} can neither be read nor removed ({error.strerror}): see to the disk or mount "
+            "that it lies on, and run again"
+        ) from error
+
+
 def _last_run(path: StorePath) -> tuple[_Maker, dict[str, Any]]:
     """The command that filled a store last, and its settings by name."""
     records: list[StorePath] = sorted((path / "runs").glob("*.json"), key=str, reverse=True)
     for place in records:
         try:
             record = read_json(place)
-        except DamageError:
+        except (DamageError, UnreadableError):
             continue
         maker = MAKERS.get(record.get("command", ""))
         if maker is not None:

@@ -17,10 +17,10 @@ from ..pipeline.options import plain_options
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
 from ..pipeline.watching import Watch
-from ..storage.files import write_json
+from ..storage.files import NO_FILE, read_whole, write_json
 from ..storage.part_check import committed_shards, complete_store, damaged_shards
 from ..storage.part_identity import META_SCHEMA, StoreIdentity
-from ..storage.part_records import decode_table, meta_name
+from ..storage.part_records import decode_table, meta_name, same_store
 from ..storage.part_writer import create_store, uncommit, write_shard
 from ..storage.store_paths import StorePath
 from .pace import Pace
@@ -100,6 +100,7 @@ def commit_shard(
 
     Raises:
         MismatchError: An image is another than when the shard was written before.
+        UnreadableError: The system refuses to read what was written of it before.
     """
     _refuse_changed(output / meta_name(shard), rows)
     meta = pa.Table.from_pylist(list(rows), META_SCHEMA)
@@ -118,7 +119,11 @@ def _refuse_changed(place: StorePath, rows: Sequence[Mapping[str, Any]]) -> None
         rows: The new ones.
     """
     try:
-        have = decode_table(place.read_bytes())
+        data = read_whole(place)
+    except NO_FILE:
+        return
+    try:
+        have = decode_table(data)
     except (OSError, pa.ArrowException):
         return
     if not have.schema.equals(META_SCHEMA) or have["key"].to_pylist() != [r["key"] for r in rows]:
@@ -170,15 +175,15 @@ def fill_store(
             when its shard was written before.
         SettingError: Not one image can be read, or the output holds other things.
         DamageError: A finished shard was damaged meanwhile.
+        MissingError: The store is gone meanwhile.
+        UnreadableError: The system refuses to read what is there.
     """
-    create_store(options.output, identity, plan.tables(), plan.class_names)
-    # What an earlier run left may have been altered since; what is damaged is done again.  What is
-    # committed while this looks is another writer's, and right.
-    before = committed_shards(options.output)
-    if damaged := damaged_shards(options.output) & before:
-        uncommit(options.output, damaged)
-    done = committed_shards(options.output)
+    begun = create_store(options.output, identity, plan.tables(), plan.class_names)
+    done = _sound_shards(options.output)
     todo = [shard for shard in range(identity.shards) if shard not in done]
+    # An empty folder where a disk should be mounted looks like a new store.
+    begins = f"goes on, {len(done)} of" if begun else "begins a new store of"
+    print(f"{options.output}: {begins} {identity.shards} shards", file=sys.stderr)
     started = datetime.now(UTC)
     if todo:  # a store that is complete already may lie on a read-only disk
         _record_run(command, options, identity, started)
@@ -189,7 +194,8 @@ def fill_store(
             pace.committed(record)
     if told := pace.sentence():
         print(told, file=sys.stderr)
-    complete = complete_store(options.output)
+    with Progress("checking", identity.shards, "shard") as progress:
+        complete = complete_store(options.output, progress.update)
     if todo:
         _record_run(command, options, identity, started, pace, complete)
     if complete["bad"]:
@@ -204,6 +210,23 @@ def fill_store(
             f"the error columns of {options.output / 'meta'} say why"
         )
     return complete
+
+
+def _sound_shards(output: StorePath) -> set[int]:
+    """The shards that are committed, without those that were altered since: these are done again.
+
+    What is committed while this looks is another writer's, and right.
+    """
+    before = committed_shards(output)
+    if not before:
+        return before
+    with Progress("checking", len(before), "shard") as progress:
+        damaged = damaged_shards(output, sorted(before), progress.update)
+    if damaged:
+        same_store(output)
+        # Looked at twice: while a mount was away, all was missing.
+        uncommit(output, damaged_shards(output, sorted(damaged)))
+    return committed_shards(output)
 
 
 def _resolved(options: FillOptions, identity: StoreIdentity) -> dict[str, str]:

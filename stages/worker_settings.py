@@ -23,7 +23,7 @@ class WorkerSettings:
     decode_threads: int
     decode_timeout: float
     """Seconds that decoding an image may take; 0 for any."""
-    checked: int | None = None
-    """Shard whose labels are compared with those of full precision."""
+    checked: frozenset[int] = frozenset()
+    """Shards of which a batch of labels is compared with those of full precision."""
     update: StorePath | None = None
     """Earlier store whose rows are taken over."""

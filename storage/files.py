@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import DamageError, MissingError, UserError
+from ..errors import DamageError, MissingError, UnreadableError, UserError
 from .remote_path import BLOCK, RemotePath
 from .store_paths import StorePath
 
@@ -137,6 +137,36 @@ def write_atomically(path: StorePath, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""What is wrong with a file itself; any other refusal to read it may pass."""
+
+
+def _unreadable(path: StorePath, error: OSError) -> UnreadableError:
+    """One sentence for a read that the system refused."""
+    return UnreadableError(
+        f"{path} cannot be read now ({error.strerror or error}): see to the disk or mount that it "
+        "lies on, and to your rights to it, and run again"
+    )
+
+
+def read_whole(path: StorePath) -> bytes:
+    """The content of a file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, IsADirectoryError: There is no such file.
+        UnreadableError: The system refuses to read it.
+    """
+    try:
+        return path.read_bytes()
+    except (UserError, *NO_FILE):
+        raise
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def file_crc32(path: StorePath) -> int:
     """CRC-32 of a file, read in blocks.
 
@@ -176,6 +206,9 @@ def damage_of(path: StorePath, description: Mapping[str, int]) -> str | None:
 
     Returns:
         None if the object is what was written, else a few words ("is missing", ...).
+
+    Raises:
+        UnreadableError: The system refuses to read it, so that nothing is known of it.
     """
     wanted = description["size"]
     try:
@@ -187,10 +220,14 @@ def damage_of(path: StorePath, description: Mapping[str, int]) -> str | None:
         if found["size"] != wanted:
             return f"has {found['size']} bytes in place of {wanted}"
         return None if found["crc32"] == description["crc32"] else "has a wrong checksum"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return "is missing"
+    except IsADirectoryError:
+        return "is a folder"
+    except UserError:
+        raise
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        raise _unreadable(path, error) from error
 
 
 def read_checked(path: StorePath, description: Mapping[str, int]) -> bytes:
@@ -201,15 +238,14 @@ def read_checked(path: StorePath, description: Mapping[str, int]) -> bytes:
         description: Its ``size`` and ``crc32`` as `describe` gave them when it was written.
 
     Raises:
-        DamageError: The object is missing, cannot be read, or is not what was written.
+        DamageError: The object is missing, or is not what was written.
+        UnreadableError: The system refuses to read it.
     """
-    try:
-        data = path.read_bytes()
-    except OSError:
-        data = None
-    if data is None or describe(data) != dict(description):
-        raise DamageError(f"{path} {damage_of(path, description) or 'changed while it was read'}")
-    return data
+    with contextlib.suppress(*NO_FILE):
+        data = read_whole(path)
+        if describe(data) == dict(description):
+            return data
+    raise DamageError(f"{path} {damage_of(path, description) or 'changed while it was read'}")
 
 
 def _canonical(record: Mapping[str, Any]) -> bytes:
@@ -274,12 +310,13 @@ def read_json(path: StorePath) -> dict[str, Any]:
         MissingError: There is no such file.
         DamageError: The file is no JSON record, has no checksum, or differs from what was written
             in any byte.
+        UnreadableError: The system refuses to read it.
     """
     try:
-        data = path.read_bytes()
+        data = read_whole(path)
     except FileNotFoundError:
         raise MissingError(f"there is no record {path}") from None
-    except OSError as error:
+    except (NotADirectoryError, IsADirectoryError) as error:
         raise DamageError(f"the record {path} cannot be read: {error.strerror}") from error
     try:
         record = json.loads(data)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DamageError, UserError
+from ..errors import DamageError, UnreadableError, UserError
 from .files import atomic_file
 from .store_paths import StorePath
 
@@ -37,7 +37,7 @@ def mapped_array(
     if isinstance(place, Path):
         try:
             return _kept_or_made(place, shape, dtype, blocks)
-        except DamageError:
+        except (DamageError, UnreadableError):
             raise
         except UserError:
             pass

@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..errors import DamageError, MissingError, UserError
-from .files import damage_of, read_json, record_crc32, write_json
+from ..errors import DamageError, MissingError, UnreadableError, UserError
+from .files import damage_of, read_json, read_whole, record_crc32, write_json
 from .leftovers import is_leftover, sweep
 from .lookahead import each_in
 from .part_identity import VERSION
@@ -24,11 +24,14 @@ from .part_records import (
     object_names,
     read_commit,
     read_set_up,
+    same_store,
 )
 from .part_writer import uncommit
 from .store_paths import StorePath, sizes_below
 
 _COMMIT = re.compile(r"\d{5}\.json")
+
+_NO_RECORD = (DamageError, MissingError, UnreadableError)
 
 
 class Fault(NamedTuple):
@@ -38,9 +41,39 @@ class Fault(NamedTuple):
     """The object, relative to the store."""
     reason: str
     """A few words: ``is missing``, ``has a wrong checksum``, ..."""
+    error: UnreadableError | None = None
+    """Where the system refuses to read it, which may pass: the object may be sound."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.reason}"
+
+
+def _unreadable(name: str, error: UnreadableError) -> Fault:
+    said = error.__cause__
+    reason = said.strerror if isinstance(said, OSError) else None
+    return Fault(name, f"cannot be read ({reason or said})", error)
+
+
+def _faults(path: StorePath, objects: Mapping[str, Mapping[str, int]]) -> Iterator[Fault]:
+    """What is wrong with objects of a store, by their sizes and checksums."""
+    for name, known in objects.items():
+        try:
+            if reason := damage_of(path / name, known):
+                yield Fault(name, reason)
+        except UnreadableError as error:
+            yield _unreadable(name, error)
+
+
+def _refuse_unreadable(path: StorePath, faults: Iterable[Fault]) -> None:
+    """Storage that fails says nothing of what it holds, which must not be given up for that."""
+    unread = [fault for fault in faults if fault.error is not None]
+    if unread:
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        raise UnreadableError(
+            f"the part store {path} cannot be checked now, {unread[0]}{more}: see to the disk or "
+            "mount that it lies on, and to your rights to it, and run again; what a disk has lost "
+            "for good `semmae parts repair` makes anew"
+        ) from unread[0].error
 
 
 class ShardCheck(NamedTuple):
@@ -74,8 +107,9 @@ def check_plan(path: StorePath) -> list[Fault]:
         plan, _ = read_set_up(path)
     except DamageError:
         return [Fault("plan.json", "is not what was written")]
-    wrong = ((name, damage_of(path / name, known)) for name, known in plan["objects"].items())
-    return [Fault(name, reason) for name, reason in wrong if reason]
+    except UnreadableError as error:
+        return [_unreadable("plan.json", error)]
+    return list(_faults(path, plan["objects"]))
 
 
 def check_complete(path: StorePath) -> list[Fault]:
@@ -90,8 +124,10 @@ def check_complete(path: StorePath) -> list[Fault]:
         return [Fault("complete.json", "is missing: the store was not completed")]
     except DamageError:
         return [Fault("complete.json", "is not what was written")]
+    except UnreadableError as error:
+        return [_unreadable("complete.json", error)]
     # A plan.json that is damaged or gone says nothing of this record.
-    with contextlib.suppress(DamageError, MissingError):
+    with contextlib.suppress(*_NO_RECORD):
         if complete["plan"] != record_crc32(read_json(path / "plan.json")):
             return [Fault("complete.json", "is that of another store")]
     return [
@@ -133,7 +169,7 @@ def check_shards_alone(path: StorePath) -> Iterator[ShardCheck]:
         What was found in each shard, in order.
     """
     complete: dict[str, Any] = {}
-    with contextlib.suppress(DamageError, MissingError):
+    with contextlib.suppress(*_NO_RECORD):
         complete = read_json(path / "complete.json")
 
     def read(shard: int) -> dict[str, Any]:
@@ -167,10 +203,11 @@ def _check_shard(
         return ShardCheck(shard, {}, [Fault(name, "is missing: the shard is not committed")])
     except DamageError:
         return ShardCheck(shard, {}, [Fault(name, "is not what was written")])
+    except UnreadableError as error:
+        return ShardCheck(shard, {}, [_unreadable(name, error)])
     if plan is not None and commit["plan"] != plan:
         return ShardCheck(shard, {}, [Fault(name, "is that of another store")])
-    wrong = ((name, damage_of(path / name, known)) for name, known in commit["objects"].items())
-    return ShardCheck(shard, commit, [Fault(name, reason) for name, reason in wrong if reason])
+    return ShardCheck(shard, commit, list(_faults(path, commit["objects"])))
 
 
 def foreign_objects(path: StorePath) -> list[Fault]:
@@ -206,6 +243,7 @@ def committed_shards(path: StorePath) -> set[int]:
     Raises:
         MissingError: There is no store.
         DamageError: The store's ``plan.json`` is damaged.
+        UnreadableError: The system refuses to read a record.
     """
     _, identity = read_set_up(path)
 
@@ -219,17 +257,30 @@ def committed_shards(path: StorePath) -> set[int]:
     return {s for s, done in zip(shards, each_in(path, is_done, shards), strict=True) if done}
 
 
-def damaged_shards(path: StorePath) -> set[int]:
-    """The shards that are not committed, or not what was written; this reads the whole store.
+def damaged_shards(
+    path: StorePath, shards: Iterable[int] | None = None, told: Callable[[], object] = lambda: None
+) -> set[int]:
+    """Those of some shards that are not committed, or not what was written; this reads them.
 
     Args:
         path: Folder of the store.
+        shards: Their numbers, not one of them twice; None for all.
+        told: Called after each.
 
     Raises:
         MissingError: There is no store.
         DamageError: The store's ``plan.json`` is damaged.
+        UnreadableError: The system refuses to read some of it, so that nothing is known of that.
     """
-    return {check.shard for check in check_shards(path) if check.faults} | _later_commits(path)
+    faults, later = list[Fault](), _later_commits(path)
+    damaged = set[int]()
+    for check in check_shards(path, shards):
+        faults += check.faults
+        if check.faults or check.shard in later:
+            damaged.add(check.shard)
+        told()
+    _refuse_unreadable(path, faults)
+    return damaged
 
 
 def _later_commits(path: StorePath) -> set[int]:
@@ -240,15 +291,16 @@ def _later_commits(path: StorePath) -> set[int]:
         return set()
 
     def is_later(shard: str) -> bool:
-        with contextlib.suppress(FileNotFoundError):
-            return zlib.crc32(commit_path(path, int(shard)).read_bytes()) != int(commits[shard])
+        # What is missing or unreadable is told of by the check of the shard.
+        with contextlib.suppress(FileNotFoundError, UnreadableError):
+            return zlib.crc32(read_whole(commit_path(path, int(shard)))) != int(commits[shard])
         return False
 
     found = zip(commits, each_in(path, is_later, commits), strict=True)
     return {int(shard) for shard, later in found if later}
 
 
-def complete_store(path: StorePath) -> dict[str, Any]:
+def complete_store(path: StorePath, told: Callable[[], object] = lambda: None) -> dict[str, Any]:
     """Verify the whole store and write ``complete.json``, without which it cannot be opened.
 
     What killed writers left is removed: temporary files that were not written to for an hour, on S3
@@ -256,18 +308,20 @@ def complete_store(path: StorePath) -> dict[str, Any]:
 
     Args:
         path: Folder of the store.
+        told: Called after each shard.
 
     Returns:
         The record: ``images, ok, bad``, ``plan`` (CRC-32 of plan.json) and ``commits`` (CRC-32 of
         each commit record, by shard).
 
     Raises:
-        MissingError: There is no store.
+        MissingError: There is no store, or no more.
         DamageError: Shards are not committed, or objects are not what was written; the message
             names them.  A ``complete.json`` of earlier is taken back then.
+        UnreadableError: The system refuses to read some of it.
         UserError: The system refused the write.
     """
-    plan, identity = read_set_up(path)
+    plan, identity = same_store(path)
     faults = check_plan(path)
     totals = {"ok": 0, "bad": 0}
     commits, names = {}, set(plan["objects"])
@@ -277,12 +331,15 @@ def complete_store(path: StorePath) -> dict[str, Any]:
         if not check.faults:
             totals = {name: count + check.commit[name] for name, count in totals.items()}
             commits[f"{check.shard:05d}"] = record_crc32(check.commit)
+        told()
+    _refuse_unreadable(path, faults)
     if faults:
+        same_store(path)
         with contextlib.suppress(UserError):
             uncommit(path, ())
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-        told = "; ".join(map(str, faults[:8]))
-        raise DamageError(f"the part store {path} is not complete: {told}{more}; {WAY_OUT}")
+        named = "; ".join(map(str, faults[:8]))
+        raise DamageError(f"the part store {path} is not complete: {named}{more}; {WAY_OUT}")
     record = {
         "version": VERSION,
         "images": identity.images,

@@ -113,6 +113,27 @@ def read_set_up(path: StorePath) -> tuple[dict[str, Any], StoreIdentity]:
     return plan, StoreIdentity.from_record(plan["identity"])
 
 
+def same_store(path: StorePath) -> tuple[dict[str, Any], StoreIdentity]:
+    """As `read_set_up`, of a store that was there before in this run.
+
+    Where its disk is no longer mounted an empty folder is left, which must not be written to.
+
+    Raises:
+        MissingError: The store is gone.
+        MismatchError: The store has another format version.
+        DamageError: The record is damaged.
+        UnreadableError: The system refuses to read it.
+    """
+    try:
+        return read_set_up(path)
+    except MissingError:
+        raise MissingError(
+            f"the part store {path} is gone: its plan.json was there before and is not now; see "
+            "whether the disk that it lies on is still mounted and its folder is in its place, and "
+            "run again"
+        ) from None
+
+
 def plan_table(
     path: StorePath, plan: Mapping[str, Any], start: int = 0, stop: int | None = None
 ) -> pa.Table:

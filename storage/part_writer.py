@@ -37,6 +37,7 @@ from .part_records import (
     object_names,
     plan_tables,
     read_set_up,
+    same_store,
 )
 from .part_shards import ShardCodec, array_metadata, array_specs, checked_array, checked_meta
 from .plan_changes import plan_changes
@@ -82,7 +83,7 @@ def create_store(
     identity: StoreIdentity,
     plan: pa.Table | Iterable[pa.Table],
     class_names: Sequence[str] = (),
-) -> None:
+) -> bool:
     """Set up a store, or find that the same one is there already and can be gone on with.
 
     Of a store that is there, what was damaged of its set-up is written again.
@@ -94,10 +95,14 @@ def create_store(
             can be gone through more than once.
         class_names: Name of each class; empty without classes.
 
+    Returns:
+        Whether the store was there already.
+
     Raises:
         MismatchError: A store of another identity is there, or ``plan`` has another length.
         SettingError: The folder holds other things and is no part store.
         DamageError: The record ``plan.json`` is damaged, and nothing vouches that it was this one.
+        UnreadableError: The system refuses to read what is there.
         UserError: The system refused a write.
     """
     tables = [plan] if isinstance(plan, pa.Table) else plan
@@ -109,7 +114,7 @@ def create_store(
         with contextlib.suppress(DamageError, MissingError):
             have = same_set_up(path, identity, tables, class_names)
         if have and not any(damage_of(path / n, o) for n, o in have["objects"].items()):
-            return
+            return True
     elif path.exists():
         _clear_leftovers(path)
 
@@ -134,6 +139,7 @@ def create_store(
             write_atomically(path / name, data)
     if not have:
         write_atomically(path / "plan.json", sealed(described))
+    return begun
 
 
 def _set_up_objects(
@@ -237,12 +243,12 @@ def write_shard(
         ``objects``.
 
     Raises:
-        MissingError: There is no store.
+        MissingError: There is no store, or no more.
         MismatchError: An array or the meta rows do not fit the store.
         DamageError: The set-up of the store is damaged.
         UserError: The system refused a write.
     """
-    plan, identity = read_set_up(path)
+    plan, identity = same_store(path)
     start, stop = identity.shard_range(shard)
     table = checked_meta(identity, shard, meta)
     ok = np.asarray(pc.equal(table["status"], "ok").to_numpy(), dtype=np.bool_)
@@ -288,8 +294,10 @@ def uncommit(path: StorePath, shards: Iterable[int]) -> None:
         shards: Numbers of the shards; those without a record are passed over.
 
     Raises:
+        MissingError: The store is gone; nothing is removed then.
         UserError: The system refused to remove a record.
     """
+    same_store(path)
     try:
         (path / "complete.json").unlink(missing_ok=True)
         for shard in shards:

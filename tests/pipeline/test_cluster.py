@@ -316,6 +316,53 @@ def test_map__an_actor_whose_gpu_keeps_failing_is_left_out(
     assert "its GPU failed 1 times in a row: it is left out, 1 workers" in capfd.readouterr().err
 
 
+class RunsOut(Fake):
+    """A worker whose memory runs out at its first try of shard 2."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._mark = folder / "tried"
+
+    def __call__(self, shard: int, tell: Tell) -> dict[str, Any]:
+        if shard == 2 and not self._mark.exists():
+            self._mark.write_text(str(os.getpid()))
+            raise MemoryError("Unable to allocate 2.00 GiB")
+        return {**super().__call__(shard, tell), "process": os.getpid()}
+
+
+def test_map__a_process_whose_memory_ran_out_is_replaced_and_its_gpu_is_not_blamed(
+    joined: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_shards, "MOST_FAULTS", 1)
+    records, _ = run(Placement(workers=1, address=joined), lambda: RunsOut(tmp_path), range(4))
+    assert sorted(record["shard"] for record in records) == list(range(4))
+    (again,) = [record["process"] for record in records if record["shard"] == 2]
+    assert str(again) != (tmp_path / "tried").read_text()
+    told = capfd.readouterr().err
+    assert "memory ran out (Unable to allocate 2.00 GiB): fewer --workers need less of it; " in told
+    assert "a worker died at shard 2, to be done by the next" in told
+    assert "Traceback" not in told
+
+
+def test_map__a_ray_that_cannot_be_started_here_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def init(**options: Any) -> None:
+        raise RuntimeError("The current node timed out during startup.\nThis may be many things.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    told = (
+        r"^Ray cannot be started on this machine \(The current node timed out during startup\.\): "
+    )
+    with (
+        pytest.raises(UserError, match=told) as raised,
+        open_workers(Placement(workers=1, device="cpu")) as workers,
+    ):
+        workers.once(os.getpid)
+    assert "\n" not in str(raised.value)
+
+
 class BreaksGpu(Fake):
     """The GPU that is used first is broken; the worker of another one is killed once after that."""
 

@@ -1,6 +1,8 @@
 import os
 import pickle
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -257,3 +259,23 @@ def test_parquet_images__warm_loads_nothing_that_would_not_be_kept(tmp_path: Pat
     ParquetImages(LocalRoot(str(tmp_path)), in_memory=False).warm(["absent.parquet"])
     with pytest.raises(MissingError, match=r"absent\.parquet cannot be opened"):
         ParquetImages(LocalRoot(str(tmp_path)), in_memory=True).warm(["absent.parquet"])
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+def test_parquet_images__threads_in_plan_order_read_each_row_group_once(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "a.parquet", [picture(n) for n in range(64)], rows=16)
+    plain, loads = ParquetImages._load_group, list[int]()
+
+    def load(self: ParquetImages, path: str, group: int) -> pa.ChunkedArray:
+        loads.append(group)
+        time.sleep(0.05)  # long enough for all threads to ask meanwhile
+        return plain(self, path, group)
+
+    monkeypatch.setattr(ParquetImages, "_load_group", load)
+    images = ParquetImages(LocalRoot(str(tmp_path)), in_memory=False)
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda row: images.read("a.parquet", row), range(64)))
+    assert found == [picture(n) for n in range(64)]
+    assert sorted(loads) == [0, 1, 2, 3]

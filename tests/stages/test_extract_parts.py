@@ -4,6 +4,7 @@ import zlib
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from semmae.pipeline import plan, plan_rows
 from semmae.pipeline.image_loading import LoadedImage
 from semmae.pipeline.shard_worker import Record
 from semmae.pipeline.watching import Tell
+from semmae.stages import extract_parts as extract_parts_module
 from semmae.stages import extraction_identity as module
 from semmae.stages import store_filling
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
@@ -214,10 +216,43 @@ def test_extract_parts__half_precision_says_how_many_labels_are_as_in_full(
     extract_parts(options_for(world, tmp_path / "store", precision="bf16"))
     told = next(line for line in capsys.readouterr().err.splitlines() if "labels in bf16" in line)
     here, there = PartStore.open(world.store).labels(), PartStore.open(tmp_path / "store").labels()
-    # Shards of this small set are of 32 images: the first one is compared.
-    share = float((here[:32] == there[:32]).mean())
-    assert f"{share:.2%} of {32 * 16} patches" in told
+    # Batches of this small set are whole shards: all are compared.
+    share = float((here == there).mean())
+    assert f"{share:.2%} of {72 * 16} patches, from 3 shards, as in fp32" in told
     assert ("consider --precision fp32" in told) == (share < 0.995)
+
+
+def test_extract_parts__half_precision_is_compared_in_one_batch_of_shards_far_apart(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    compared = []
+
+    class Notes(ExtractionWorker):
+        def _encode(self, loaded: list[LoadedImage], precision: str = "") -> Any:
+            if precision == "fp32":
+                compared.append(len(loaded))
+            return super()._encode(loaded, precision)
+
+    monkeypatch.setattr(extract_parts_module, "CHECKED_SHARDS", 2)
+    options = options_for(world, tmp_path / "store", precision="bf16", batch_size="8")
+    extract_parts(options, Notes)
+    assert compared == [8, 8]
+    assert f"of {2 * 8 * 16} patches, from 2 shards, as in fp32" in capsys.readouterr().err
+    assert extract_parts_module._spread([3, 5, 6, 7, 9], 2) == [3, 6]
+    assert extract_parts_module._spread([3, 5], 8) == [3, 5]
+
+
+def test_extract_parts__half_precision_that_is_not_compared_is_told(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extract_parts(options_for(world, tmp_path / "old", precision="bf16"))
+    capsys.readouterr()
+    extract_parts(options_for(world, tmp_path / "new", precision="bf16", update=tmp_path / "old"))
+    told = "labels in bf16 were not compared with those in fp32: of the 3 shards"
+    assert told in capsys.readouterr().err
 
 
 def test_extract_parts__an_automatic_batch_size_is_kept_by_the_store(
@@ -310,10 +345,12 @@ def test_extract_parts__leaves_what_another_writer_commits_meanwhile(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = options_for(world, tmp_path / "store")
+    with pytest.raises(KeyboardInterrupt):
+        extract_parts(options, Stops)
     look = part_check.damaged_shards
 
-    def while_another_writes(path: Path) -> set[int]:
-        found = look(path)
+    def while_another_writes(*given: Any) -> set[int]:
+        found = look(*given)
         monkeypatch.setattr(store_filling, "damaged_shards", look)
         extract_parts(options)
         return found
