@@ -28,6 +28,7 @@ def encoder_options(world: World, output: Path, **changes: Any) -> LearnEncoderO
         "data": world.data,
         "output": output,
         "start": str(world.encoder),
+        "size": "micro",
         "patch_size": 8,
         "image_size": 32,
         "prototypes": 16,
