@@ -52,7 +52,7 @@ from semmae.pipeline.cached_images import QUALITY, RECIPES, CachedImages, kept_i
 from semmae.pipeline.creatures import draw_creature
 from semmae.pipeline.decoding import decode_image
 from semmae.pipeline.feeding import batches_of
-from semmae.pipeline.image_source import ImageSource
+from semmae.pipeline.image_source import ImageSource, spread
 from semmae.pipeline.loaders import PretrainingData, _cropped
 from semmae.pipeline.mask_policies import MaskSchedule
 from semmae.pipeline.part_maps import PartMaps
@@ -92,7 +92,7 @@ def made_up_photographs(folder: Path, count: int) -> Path:
 def chosen_images(folder: Path, count: int, place: Path) -> Plan:
     """Images spread evenly over a folder, in a folder of their own as ImageFolder takes them."""
     plan = list_images(folder)
-    for number, row in enumerate(np.linspace(0, len(plan) - 1, min(count, len(plan))).astype(int)):
+    for number, row in enumerate(spread(len(plan), count).tolist()):
         link = place / f"n{number % 10:08d}" / f"{number:05d}.JPEG"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(Path(plan.root) / plan.key(row))

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 
 from semmae.pipeline import plan_rows
 from semmae.pipeline.crops import Pixels
-from semmae.pipeline.image_source import ImageSource
+from semmae.pipeline.image_source import ImageSource, spread
 from semmae.pipeline.loaders import PretrainingData
 from semmae.pipeline.mask_policies import MaskSchedule
 from semmae.pipeline.part_maps import PartMaps
@@ -229,7 +229,7 @@ def measure(images: int, folder: Path) -> None:
     def dry_run() -> str:
         same_set_up(store, identity, plan.tables(), names)
         done = len(committed_shards(store))
-        sample = plan.take(np.unique(np.linspace(0, len(plan) - 1, 256).astype(np.int64)))
+        sample = plan.take(spread(len(plan), 256))
         return (
             f"{len(plan):,} images, {plan.total_bytes / 1e12:.2f} TB encoded, {identity.shards} "
             f"shards of {identity.shard_size}, {done} done, {len(sample)} images to try"

@@ -111,6 +111,14 @@ def drawn(count: int, wanted: int, seed: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
 
 
+def spread(count: int, wanted: int) -> NDArray[np.int64]:
+    """Positions of ``wanted`` of ``count`` images, or of all, evenly from the first to the last.
+
+    Images come in the order of their classes, so these are of all.
+    """
+    return np.linspace(0, count - 1, min(wanted, count)).astype(np.int64)
+
+
 Geometry = Literal["squash", "center"]
 """How an evaluation sees an image: whole, or its centre."""
 

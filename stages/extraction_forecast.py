@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..errors import DamageError, MissingError
 from ..pipeline.cluster import open_workers
+from ..pipeline.image_source import spread
 from ..pipeline.plan import Plan, plan_of_rows
 from ..pipeline.sources import list_images
 from ..storage.part_check import committed_shards
@@ -150,9 +151,8 @@ def _samples(
     """
     count = SAMPLED[identity.device_type]
     rows = np.flatnonzero(new) if new.any() else np.arange(len(plan))
-    # Spread over the data set, so that no class decides.
-    spread = rows[np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64))]
-    encoded = plan_of_rows(plan.root, plan.take(spread), plan.class_names)
+    some = rows[spread(len(rows), count)]
+    encoded = plan_of_rows(plan.root, plan.take(some), plan.class_names)
     # Side by side, as in a shard: else each would be of another shard of the earlier store.
     together = np.flatnonzero(known)[:count]
     if previous is None or not len(together):

@@ -17,6 +17,7 @@ from ..models.parts import PartLearner, part_labels, patch_colours
 from ..models.predictors import Told
 from ..models.vision import normalise
 from ..pipeline.feeding import Batch, TrainingData
+from ..pipeline.image_source import spread
 from ..pipeline.loaders import SquashedData
 from ..pipeline.runs import Run
 from ..pipeline.schedule import Draw, indices
@@ -231,7 +232,5 @@ def _cached(batch: Batch, view: str) -> tuple[Tokens, Told | None]:
 
 
 def _some_images(data: SquashedData, count: int) -> Tensor:
-    """Images of all classes, in the order of which they come."""
-    chosen = np.linspace(0, len(data) - 1, min(count, len(data))).astype(int)
-    draws = [Draw(int(index), 0, 0.0) for index in chosen]
+    draws = [Draw(index, 0, 0.0) for index in spread(len(data), count).tolist()]
     return data.__getitems__(draws)["images"]

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from ..models.warm_start import Start, take_decoder, take_encoder
 from ..pipeline.cached_images import CachedImages
 from ..pipeline.feeding import Batch
 from ..pipeline.flops import FlopCount
-from ..pipeline.image_source import ImageSource
+from ..pipeline.image_source import ImageSource, spread
 from ..pipeline.launching import launch
 from ..pipeline.loaders import PretrainingData
 from ..pipeline.loss_bins import LossBins, part_shares
@@ -175,8 +174,8 @@ class Pretraining(Task):
 
         Where masks follow parts, they are drawn over them, too.
         """
-        chosen = np.linspace(0, len(self._data) - 1, min(PICTURED, len(self._data))).astype(int)
-        draws = [Draw(int(index), epoch - 1, epoch / self._epochs) for index in chosen]
+        chosen = spread(len(self._data), PICTURED).tolist()
+        draws = [Draw(index, epoch - 1, epoch / self._epochs) for index in chosen]
         batch = self._data.__getitems__(draws)
         drawn = []
         if "parts" in batch:
