@@ -95,6 +95,11 @@ def recoloured(pixels: Tensor, strength: float) -> Tensor:
     return torch.einsum("bij,bjhw->bihw", mixed.to(pixels.device), lit).clamp(0, 1)
 
 
+def whole_frames(frame: Tensor) -> Tensor:
+    """Frames (B, 2, 3) of whole images, as many as those of some views of them."""
+    return torch.eye(2, 3, device=frame.device).expand_as(frame)
+
+
 def meeting_places(source: Tensor, target: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Where another view shows what each patch of a view shows.
 

@@ -23,10 +23,10 @@ from ..models.parts import PartLearner
 from ..models.predictors import PartPredictor
 from ..pipeline.image_source import ImageSource, batches_in_order, drawn
 from ..pipeline.progress import Progress
-from ..pipeline.views import meeting_places, patches_at
+from ..pipeline.views import meeting_places, patches_at, whole_frames
 from .part_start import started_learner
 from .predictor_learning import Lesson, learned, measure, statistics
-from .second_views import SecondView, kept_tokens, kept_view, look_again
+from .second_views import SecondView, kept_tokens, kept_view, look_again, seen_in
 
 if TYPE_CHECKING:
     from .learn_parts import LearnPartsOptions
@@ -110,7 +110,6 @@ def lessons_of(learner: PartLearner, looks: Looks, device: torch.device) -> list
     crops = zip(*(view.split(AT_ONCE) for view in looks.crops), strict=True)
     for some, views in zip(wholes.split(AT_ONCE), crops, strict=True):
         maps, frames = _maps_of(learner, some, grid), [view.frame.to(device) for view in views]
-        whole = torch.eye(2, 3, device=device).expand_as(frames[0])
         if learner.architecture.predictor == "parts":  # which was taught by crops, too
             said = [_maps_of(learner, view.tokens, grid) for view in views]
             maps = _agreed(maps, said, frames, grid)
@@ -118,8 +117,7 @@ def lessons_of(learner: PartLearner, looks: Looks, device: torch.device) -> list
             maps = maps.roll(-1, dims=2)
         found[-1].append(maps.argmax(dim=2).cpu())
         for made, frame in zip(found, frames, strict=False):
-            places, _ = meeting_places(frame, whole, grid)
-            made.append(patches_at(maps, places, grid).argmax(dim=2).cpu())
+            made.append(seen_in(maps, frame, grid).argmax(dim=2).cpu())
     tokens = [*(view.tokens.patches for view in looks.crops), wholes.patches]
     # As when a crop is asked for its parts, it is told of its places what holds of whole images.
     return [
@@ -146,8 +144,7 @@ def _agreed(
     """
     total, votes = maps, torch.ones_like(maps[..., :1])
     for crop, frame in zip(said, frames, strict=True):
-        whole = torch.eye(2, 3, device=frame.device).expand_as(frame)
-        places, shown = meeting_places(whole, frame, grid)
+        places, shown = meeting_places(whole_frames(frame), frame, grid)
         total = total + patches_at(crop, places, grid) * shown[..., None]
         votes = votes + shown[..., None]
     return total / votes

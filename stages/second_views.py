@@ -16,7 +16,7 @@ from ..models.encoders import FrozenEncoder, Tokens
 from ..models.vision import normalise_pixels, scaled
 from ..pipeline.image_source import ImageSource, batches_in_order, drawn
 from ..pipeline.progress import Progress
-from ..pipeline.views import draw_view, meeting_places, patches_at
+from ..pipeline.views import draw_view, meeting_places, patches_at, whole_frames
 
 SCALE = 0.4
 """Least share of the image's area in a second view; the most is 1."""
@@ -66,6 +66,21 @@ def look_again(
     return SecondView(encoder.features(pixels), view.frame)
 
 
+def seen_in(maps: Tensor, frame: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What maps of whole images say where the patches of views of them are.
+
+    Args:
+        maps: (B, L, P).
+        frame: (B, 2, 3), where the views were taken.
+        grid: (h, w) of both, with h w = L.
+
+    Returns:
+        (B, L, P).
+    """
+    places, _ = meeting_places(frame, whole_frames(frame), grid)
+    return patches_at(maps, places, grid)
+
+
 def disagreement(whole: Tensor, seen: Tensor, frame: Tensor) -> Tensor:
     """How far the maps of views are from those of the whole images at the same places.
 
@@ -78,10 +93,7 @@ def disagreement(whole: Tensor, seen: Tensor, frame: Tensor) -> Tensor:
         A scalar, 0 to 1: half the summed squared difference, mean over the patches of the views;
         1 where each is sure of another part.
     """
-    grid = (whole.shape[2], whole.shape[3])
-    everything = torch.eye(2, 3, device=frame.device).expand_as(frame)
-    places, _ = meeting_places(frame, everything, grid)
-    there = patches_at(whole.flatten(2).transpose(1, 2), places, grid)
+    there = seen_in(whole.flatten(2).transpose(1, 2), frame, (whole.shape[2], whole.shape[3]))
     here = seen.flatten(2).transpose(1, 2)
     return (there - here).square().sum(dim=2).mean() / 2
 
