@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import UserError
-from .store_paths import StorePath
+from .store_paths import UNLASTING, StorePath
 
 _LEFTOVER = re.compile(r"\..*\.[0-9a-f]{32}\.tmp", re.DOTALL)
 _LEFTOVER_SECONDS = 3600
@@ -35,8 +35,6 @@ def sweep(path: StorePath, names: Collection[str]) -> None:
     if isinstance(path, Path):
         sweep_folder(path)
         return
-    from .part_records import UNLASTING  # zarr takes a second, and runs sweep folders only
-
     # Only space is at stake, and listing uploads is a right of its own.
     with contextlib.suppress(UserError, OSError):
         path.end_uploads(lambda name: name in names or name.partition("/")[0] in UNLASTING)

@@ -17,7 +17,6 @@ from .leftovers import is_leftover, sweep
 from .lookahead import each_in
 from .part_identity import VERSION
 from .part_records import (
-    UNLASTING,
     WAY_OUT,
     commit_name,
     commit_path,
@@ -27,7 +26,7 @@ from .part_records import (
     same_store,
 )
 from .part_writer import uncommit
-from .store_paths import StorePath, sizes_below
+from .store_paths import UNLASTING, StorePath, sizes_below
 
 _COMMIT = re.compile(r"\d{5}\.json")
 

@@ -33,10 +33,6 @@ WAY_OUT = (
 """How a user mends a store that is not complete; ends an error message."""
 
 
-UNLASTING = frozenset(("runs", "cache"))
-"""Folders of a store that are no part of what it is."""
-
-
 def encode_table(table: pa.Table) -> bytes:
     """A table as Parquet; equal tables give equal bytes, however they were chunked.
 

@@ -9,6 +9,9 @@ from .remote_path import RemotePath
 StorePath = Path | RemotePath
 """Where a part store may lie: a folder, or a URL."""
 
+UNLASTING = frozenset(("runs", "cache"))
+"""Folders of a store that are no part of what it is."""
+
 
 def store_path(place: str | Path) -> StorePath:
     """The place that a text names: the one way from a setting to where a store lies.
