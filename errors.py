@@ -31,6 +31,13 @@ class DamageError(UserError, OSError):
     """A stored object is not what was written: truncated, altered, or not complete."""
 
 
+class UnreadableError(UserError, OSError):
+    """What is stored cannot be read now, as its disk or mount fails or denies it; it may be sound.
+
+    Its cause is what the system said.
+    """
+
+
 class MemoryFullError(UserError, MemoryError):
     """The memory of the machine or of a device does not hold what was asked of it."""
 
@@ -44,10 +51,3 @@ def ran_out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError)
         and (type(error).__name__ == "OutOfMemoryError" or any(word in told for word in _FULL))
     )
-
-
-class UnreadableError(UserError, OSError):
-    """What is stored cannot be read now, as its disk or mount fails or denies it; it may be sound.
-
-    Its cause is what the system said.
-    """

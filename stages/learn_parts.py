@@ -165,8 +165,15 @@ class LearnPartsOptions(TrainingOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
         super().__post_init__()
-        counts = "rounds clusters sample_images place_images place_steps round_steps"
-        for name in counts.split():
+        whole = (
+            "rounds",
+            "clusters",
+            "sample_images",
+            "place_images",
+            "place_steps",
+            "round_steps",
+        )
+        for name in whole:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.decoder_width >= 4, "decoder_width", self.decoder_width, "at least 4")
         doublings = self.decoder_upsamplings

@@ -31,6 +31,12 @@ OBJECT_SHARE = (0.1, 0.6)
 """Least and largest share of patches that a background vote may call object; outside it the vote
 found something else, and parts are learned without it."""
 
+INSTEAD: dict[str, tuple[Literal["voted", "none"], str]] = {
+    "predicted": ("voted", "taking the vote that it was learned from"),
+    "voted": ("none", "learning without a background"),
+}
+"""What takes the place of a background that calls too many or too few patches object."""
+
 POSITION_SHARE = 0.5
 """Share of the tokens' variance that place may explain before parts would be places."""
 
@@ -76,7 +82,7 @@ def voting_learner(
         voter = _shaped(tokens, replace(options, told_by="tokens", background="voted"), None)
         _vote(voter, tokens, grid, options.seed)
         _, share = object_features(voter, tokens, grid)
-        if _sensible(share, "learning without a background"):
+        if _sensible(share, "voted"):
             return voter
     return _shaped(tokens, replace(options, told_by="tokens", background="none"), None)
 
@@ -104,15 +110,10 @@ def started_learner(
     if learner.architecture.background == "voted":
         _vote(learner, tokens, grid, options.seed)
     points, share = object_features(learner, tokens, grid)
-    fallbacks: dict[str, tuple[Literal["voted", "none"], str]] = {
-        "predicted": ("voted", "taking the vote that it was learned from"),
-        "voted": ("none", "learning without a background"),
-    }
-    if learner.architecture.masked:
-        background, then = fallbacks[learner.architecture.background]
-        if not _sensible(share, then):
-            options = replace(options, background=background)
-            return started_learner(tokens, grid, options, predictor)
+    background = learner.architecture.background
+    if learner.architecture.masked and not _sensible(share, background):
+        options = replace(options, background=INSTEAD[background][0])
+        return started_learner(tokens, grid, options, predictor)
     start_scores(learner, points.numpy(), grid, options.seed, options.part_order)
     if learner.architecture.places and options.positions == "auto":
         print(
@@ -185,13 +186,18 @@ def object_features(
     return points, len(points) / places
 
 
-def _sensible(share: float, then: str) -> bool:
-    """Whether this share of patches can be objects; says so, and what is done then, if not."""
+def _sensible(share: float, background: str) -> bool:
+    """Whether this share of patches can be objects; says so, and what is done then, if not.
+
+    Args:
+        share: 0 to 1.
+        background: How objects were told from it.
+    """
     if OBJECT_SHARE[0] <= share <= OBJECT_SHARE[1]:
         return True
     print(
         f"{share:.0%} of the patches would be object and the others background, outside "
-        f"{OBJECT_SHARE[0]:.0%} to {OBJECT_SHARE[1]:.0%}: {then}",
+        f"{OBJECT_SHARE[0]:.0%} to {OBJECT_SHARE[1]:.0%}: {INSTEAD[background][1]}",
         file=sys.stderr,
     )
     return False
