@@ -53,8 +53,8 @@ def cannot_be_made() -> Fake:
     raise MissingError("there is no learner here")
 
 
-class Dies(Fake):
-    """A worker that is killed at its first try of shard 2."""
+class FailsOnce(Fake):
+    """A worker that fails at its first try of shard 2; leaves a note of the process."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -62,9 +62,19 @@ class Dies(Fake):
 
     def __call__(self, shard: int, tell: Tell) -> dict[str, Any]:
         if shard == 2 and not self._mark.exists():
-            self._mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(shard, tell)
+            self._mark.write_text(str(os.getpid()))
+            self.fail()
+        return {**super().__call__(shard, tell), "process": os.getpid()}
+
+    def fail(self) -> None:
+        raise NotImplementedError
+
+
+class Dies(FailsOnce):
+    """It is killed."""
+
+    def fail(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class WritesBehind(Fake):
@@ -316,18 +326,11 @@ def test_map__an_actor_whose_gpu_keeps_failing_is_left_out(
     assert "its GPU failed 1 times in a row: it is left out, 1 workers" in capfd.readouterr().err
 
 
-class RunsOut(Fake):
-    """A worker whose memory runs out at its first try of shard 2."""
+class RunsOut(FailsOnce):
+    """Its memory runs out."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._mark = folder / "tried"
-
-    def __call__(self, shard: int, tell: Tell) -> dict[str, Any]:
-        if shard == 2 and not self._mark.exists():
-            self._mark.write_text(str(os.getpid()))
-            raise MemoryError("Unable to allocate 2.00 GiB")
-        return {**super().__call__(shard, tell), "process": os.getpid()}
+    def fail(self) -> None:
+        raise MemoryError("Unable to allocate 2.00 GiB")
 
 
 def test_map__a_process_whose_memory_ran_out_is_replaced_and_its_gpu_is_not_blamed(

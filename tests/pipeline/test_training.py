@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from semmae.pipeline.feeding import Batch
 from semmae.pipeline.options import TrainingOptions
@@ -16,6 +15,7 @@ from semmae.pipeline.schedule import Draw
 from semmae.pipeline.tasks import decay_groups
 from semmae.pipeline.training import fit
 from semmae.storage.checkpoints import checkpoints, load_checkpoint
+from semmae.tests.pipeline.reads import ScalarReads
 from semmae.tests.pipeline.tiny import (
     BATCH,
     EPOCHS,
@@ -131,16 +131,6 @@ def test_fit__clips_gradients_as_torch_does(clip: float, tmp_path: Path) -> None
 
 
 def test_fit__reads_no_tensor_between_two_points_of_the_log(tmp_path: Path) -> None:
-    reads: list[int] = []
-
-    class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if func is torch.ops.aten._local_scalar_dense.default:
-                reads.append(1)
-            return func(*args, **(kwargs or {}))
-
     class Quiet(TinyTask):
         def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             value = (self.model(batch["x"]).squeeze(1) - batch["x"].sum(1)).square().mean()
@@ -151,13 +141,12 @@ def test_fit__reads_no_tensor_between_two_points_of_the_log(tmp_path: Path) -> N
 
     counts = []
     for images in (40, 80):
-        reads.clear()
-        with Counting():  # type: ignore[no-untyped-call]
+        with ScalarReads() as reads:
             fit(
                 Quiet(TinyData(images=images)),
                 options(tmp_path / str(images), log_steps=1000, epochs=1, clip_gradients=1.0),
             )
-        counts.append(len(reads))
+        counts.append(reads.count)
     assert counts[0] == counts[1] > 0
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from semmae.errors import DamageError, MismatchError, MissingError, SettingError
 from semmae.models.autoencoder import MaskedAutoencoder
@@ -33,6 +32,7 @@ from semmae.stages.pretrain import (
 )
 from semmae.storage.checkpoints import checkpoints, load_checkpoint
 from semmae.storage.part_store import PartStore
+from semmae.tests.pipeline.reads import ScalarReads
 from semmae.tests.pipeline.tiny import lines_of, log_of, same
 from semmae.tests.world import World, pretrain_options
 
@@ -172,8 +172,7 @@ def test_pretrain__predicts_the_same_patches_in_parts_of_any_size(
         settings = {"micro_batch": size, "predicted_share": 0.4, "precision": "fp32"}
         run = tmp_path / str(size)
         pretrain(pretrain_options(world, run, log_steps=1, **settings))
-        points = (run / "steps.jsonl").read_text().splitlines()
-        found.append([json.loads(point)["loss"] for point in points])
+        found.append([point["loss"] for point in lines_of(run, "steps.jsonl")])
     assert found[1] == pytest.approx(found[0], rel=2e-5)
 
 
@@ -380,25 +379,14 @@ def test_pretrain__reads_no_tensor_between_two_points_of_the_log(
     world: World, tmp_path: Path
 ) -> None:
     """The host would wait for the device at each."""
-    reads: list[int] = []
-
-    class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if func is torch.ops.aten._local_scalar_dense.default:
-                reads.append(1)
-            return func(*args, **(kwargs or {}))
-
     counts = []
     settings = {"masking": "semantic", "parts": world.store, "predicted_share": 0.4, "ema": 0.9}
     for batch in (24, 8):  # in three steps and in nine
         options = pretrain_options(world, tmp_path / str(batch), log_steps=1000, **settings)
         options = dataclasses.replace(options, batch_size=batch, clip_gradients=1.0)
-        reads.clear()
-        with Counting():  # type: ignore[no-untyped-call]
+        with ScalarReads() as reads:
             pretrain(options)
-        counts.append(len(reads))
+        counts.append(reads.count)
     assert counts[0] == counts[1] > 0
 
 
