@@ -133,8 +133,15 @@ def write_atomically(path: StorePath, data: bytes) -> None:
     if isinstance(path, RemotePath):
         path.write_bytes(data)
         return
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(data)
+    for last in (False, True):
+        try:
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(data)
+            return
+        except UserError as error:
+            # Once the temporary file may go meanwhile, where another run completes the same store.
+            if last or not isinstance(error.__cause__, FileNotFoundError):
+                raise
 
 
 NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import UserError
 from .store_paths import UNLASTING, StorePath
 
-_LEFTOVER = re.compile(r"\..*\.[0-9a-f]{32}\.tmp", re.DOTALL)
+_LEFTOVER = re.compile(r"\.(.*)\.[0-9a-f]{32}\.tmp", re.DOTALL)
 _LEFTOVER_SECONDS = 3600
 
 
@@ -21,8 +21,8 @@ def is_leftover(name: str) -> bool:
 def sweep(path: StorePath, names: Collection[str]) -> None:
     """Remove what killed writers left of a store that is whole.
 
-    **In a folder** those are temporary files (`sweep_folder`).  Should a clock be wrong, a live
-    writer's shard stays uncommitted; nothing that stands is ever lost.
+    **In a folder** those are temporary files: all of objects that stand, others once they are old
+    (`sweep_folder`).
 
     **On S3** they are parts of uploads that were never ended, which nobody sees and somebody pays
     for.  Where a worker that outlived its driver is still at one, its upload ends in "no such
@@ -30,26 +30,35 @@ def sweep(path: StorePath, names: Collection[str]) -> None:
 
     Args:
         path: Folder of the store.
-        names: Its objects, relative to it.
+        names: Its objects and records, relative to it.
     """
     if isinstance(path, Path):
-        sweep_folder(path)
+        sweep_folder(path, [name for name in names if name.partition("/")[0] not in UNLASTING])
         return
     # Only space is at stake, and listing uploads is a right of its own.
     with contextlib.suppress(UserError, OSError):
         path.end_uploads(lambda name: name in names or name.partition("/")[0] in UNLASTING)
 
 
-def sweep_folder(path: Path) -> None:
-    """Remove the temporary files of `atomic_file` below a folder that were not touched for an hour.
+def sweep_folder(path: Path, standing: Collection[str] = ()) -> None:
+    """Remove temporary files of `atomic_file` below a folder: those not touched for an hour.
 
     A live writer touches its file all the time.  Should a clock be wrong by more than that, its
     rename fails.
+
+    Args:
+        path: The folder.
+        standing: Files of `write_atomically`, relative to it, that stand with the bytes that any
+            writer would give them.  Their temporary files go at once: a live writer makes its own
+            again.
     """
     oldest = time.time() - _LEFTOVER_SECONDS
+    stands = {path / name for name in standing}
     for place in path.rglob(".*.tmp"):
         # Another process may sweep too, and the disk may be read-only.
         with contextlib.suppress(OSError):
-            known = is_leftover(place.name) and place.is_file() and not place.is_symlink()
-            if known and place.stat().st_mtime < oldest:
+            known = _LEFTOVER.fullmatch(place.name)
+            if not known or not place.is_file() or place.is_symlink():
+                continue
+            if place.with_name(known[1]) in stands or place.stat().st_mtime < oldest:
                 place.unlink()

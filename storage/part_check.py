@@ -302,8 +302,7 @@ def _later_commits(path: StorePath) -> set[int]:
 def complete_store(path: StorePath, told: Callable[[], object] = lambda: None) -> dict[str, Any]:
     """Verify the whole store and write ``complete.json``, without which it cannot be opened.
 
-    What killed writers left is removed: temporary files that were not written to for an hour, on S3
-    uploads that were not ended.
+    What killed writers left is removed: temporary files, on S3 uploads that were not ended.
 
     Args:
         path: Folder of the store.
@@ -323,10 +322,10 @@ def complete_store(path: StorePath, told: Callable[[], object] = lambda: None) -
     plan, identity = same_store(path)
     faults = check_plan(path)
     totals = {"ok": 0, "bad": 0}
-    commits, names = {}, set(plan["objects"])
+    commits, names = {}, {"plan.json", "complete.json", *plan["objects"]}
     for check in check_shards(path):
         faults += check.faults
-        names |= set(check.commit.get("objects", ()))
+        names |= {commit_name(check.shard), *check.commit.get("objects", ())}
         if not check.faults:
             totals = {name: count + check.commit[name] for name, count in totals.items()}
             commits[f"{check.shard:05d}"] = record_crc32(check.commit)

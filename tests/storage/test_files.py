@@ -25,6 +25,30 @@ def test_write_atomically__makes_parents_and_replaces(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["a", "b", "file.bin"]
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_write_atomically__writes_again_when_its_temporary_file_is_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Another run may complete the same store meanwhile; what keeps vanishing is told."""
+    path, sync = tmp_path / "file.bin", files._sync
+    swept: list[Path] = []
+
+    def sweep_first(place: Path, flags: int) -> None:
+        if place.is_file() and len(swept) < times:
+            swept.append(place)
+            place.unlink()
+        sync(place, flags)
+
+    monkeypatch.setattr(files, "_sync", sweep_first)
+    if times == 1:
+        files.write_atomically(path, b"content")
+        assert path.read_bytes() == b"content"
+    else:
+        with pytest.raises(UserError, match=r"file\.bin"):
+            files.write_atomically(path, b"content")
+    assert len(swept) == times
+
+
 @pytest.mark.parametrize("failure", [RuntimeError("x"), KeyboardInterrupt()])
 def test_atomic_file__keeps_the_old_file_when_the_block_fails(
     tmp_path: Path, failure: BaseException

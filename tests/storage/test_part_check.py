@@ -77,18 +77,28 @@ def test_committed_shards__damaged_or_foreign_record_does_not_count(store: Path)
     assert committed_shards(store) == {2, 3, 4, 5}
 
 
-def test_complete_store__sweeps_only_old_leftovers(example: "Example", store: Path) -> None:
-    with files.atomic_file(store / "meta/part-00001.parquet") as temporary:
-        temporary.write_bytes((store / "meta/part-00001.parquet").read_bytes())
-    old, fresh = temporary, store / "cache" / temporary.name
+def test_complete_store__sweeps_leftovers_of_what_stands_and_old_ones(
+    example: "Example", store: Path
+) -> None:
+    """As killed writers leave them; what may be somebody's is left alone while it is new."""
+    ours = ["plan.json", "commits/00001.json", "meta/part-00001.parquet", "parts.zarr/zarr.json"]
+    half = []
+    for place in (
+        *(store / name for name in ours),
+        store / "runs/old.json",
+        store / "cache/part-00000",
+    ):
+        with files.atomic_file(place) as temporary:
+            temporary.write_bytes(place.read_bytes() if place.is_file() else b"whole")
+        half.append(temporary)
+    fresh = half.pop()
     mine = [store / "runs/.notes.tmp", store / "runs/plain.tmp", store / "meta/.hidden"]
-    for place in (old, fresh, *mine):
-        place.parent.mkdir(exist_ok=True)
+    for place in (*half, fresh, *mine):
         place.write_bytes(b"half")
-    for place in (old, *mine):
+    for place in (half[-1], *mine):
         os.utime(place, (0, 0))
     complete_store(store)
-    assert not old.exists()
+    assert not any(place.exists() for place in half)
     assert all(place.exists() for place in (fresh, *mine))
 
 
