@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DamageError, MismatchError, MissingError
-from .files import atomic_file
+from ..errors import DamageError, MismatchError, MissingError, UserError
+from .files import atomic_file, damage_of
 from .part_identity import StoreIdentity
 from .part_records import WAY_OUT, image_cache_name
 from .remote_path import RemotePath
@@ -118,10 +118,19 @@ def write_image_cache(
         return
     start, stop = identity.shard_range(shard)
     place = path / image_cache_name(identity, shard)
-    with atomic_file(place) as temporary, temporary.open("wb") as file:
-        writer = ImageCacheWriter(file)
-        yield writer
-        writer.finish(stop - start)
+    written = None
+    try:
+        with atomic_file(place) as temporary, temporary.open("wb") as file:
+            writer = ImageCacheWriter(file)
+            yield writer
+            writer.finish(stop - start)
+            written = writer.description
+    except UserError as error:
+        # A run that completed the same store meanwhile swept the temporary file of what stands.
+        if written is None or not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        if damage_of(place, written):
+            raise
 
 
 class ImageCache:

@@ -48,9 +48,9 @@ def sweep_folder(path: Path, standing: Collection[str] = ()) -> None:
 
     Args:
         path: The folder.
-        standing: Files of `write_atomically`, relative to it, that stand with the bytes that any
-            writer would give them.  Their temporary files go at once: a live writer makes its own
-            again.
+        standing: Files, relative to it, that stand with the bytes that any writer would give them.
+            Their temporary files go at once: a live writer makes its own again
+            (`write_atomically`), or is content with what stands (`write_image_cache`).
     """
     oldest = time.time() - _LEFTOVER_SECONDS
     stands = {path / name for name in standing}

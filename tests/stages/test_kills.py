@@ -121,25 +121,20 @@ def dies_at(moment: int, work: Callable[[], object]) -> bool:
     return False
 
 
-def lasting(path: Path) -> dict[str, bytes]:
-    """A store without what killed writers and earlier runs leave beside it."""
-    return {k: v for k, v in lasting_bytes(path).items() if not k.endswith(".tmp")}
-
-
 def test_extract_parts__killed_at_any_moment_is_made_good_by_running_again(
     run: Callable[[Path], dict[str, Any]], tmp_path: Path
 ) -> None:
     """Each act of set-up, shards and completion in turn is the last one."""
     record = run(tmp_path / "whole")
     assert (record["ok"], record["bad"]) == (33, 1)
-    whole = lasting(tmp_path / "whole")
+    whole = lasting_bytes(tmp_path / "whole")
     assert {"images/00000.jpeg", "commits/00001.json", "complete.json"} <= whole.keys()
     moment, killed = 0, True
     while killed:
         path = tmp_path / str(moment)
         killed = dies_at(moment, lambda path=path: run(path))  # type: ignore[misc]
         run(path)
-        assert lasting(path) == whole, moment
+        assert lasting_bytes(path) == whole, moment
         moment += 1
     assert moment > 80
 
@@ -158,4 +153,4 @@ def test_extract_parts__killed_while_it_makes_good_is_made_good_in_turn(
         if place.exists() and not (path / "complete.json").exists():
             place.write_bytes(place.read_bytes()[:-1])
     run(path)
-    assert lasting(path) == lasting(tmp_path / "whole")
+    assert lasting_bytes(path) == lasting_bytes(tmp_path / "whole")

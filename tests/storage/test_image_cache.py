@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from semmae.errors import DamageError, MismatchError, MissingError, SettingError
+from semmae.errors import DamageError, MismatchError, MissingError, SettingError, UserError
 from semmae.storage import image_cache
 from semmae.storage.image_cache import CachedImage, write_image_cache
 from semmae.storage.part_check import check_shards, complete_store, damaged_shards
 from semmae.storage.part_identity import StoreIdentity
 from semmae.storage.part_store import PartStore
 from semmae.storage.part_writer import create_store, write_shard
+from semmae.tests.world import lasting_bytes
 
 if TYPE_CHECKING:
     from .conftest import Example
@@ -76,6 +77,28 @@ def test_image_cache__gives_back_what_was_written(
             assert np.array_equal(found, written.payload)
         else:
             assert found.tobytes() == written.payload
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_write_image_cache__is_content_where_another_run_completes_the_store(
+    example: "Example", form: str, tmp_path: Path, same: bool
+) -> None:
+    """It sweeps the temporary file of what stands; other bytes than those are an error."""
+    path = fill(tmp_path, example, form)
+    expected = lasting_bytes(path)
+
+    def again(shard: int) -> None:
+        with write_image_cache(path, with_cache(example, form), 0) as cache:
+            assert cache is not None
+            cache.extend(images_of(example, shard, form))
+            complete_store(path)
+
+    if same:
+        again(0)
+    else:
+        with pytest.raises(UserError, match="cannot write"):
+            again(1)
+    assert lasting_bytes(path) == expected
 
 
 def test_image_cache__holds_nothing_of_bad_images(
