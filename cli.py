@@ -557,6 +557,11 @@ def _verify(
         for image in changed_images(path, data):
             print(image)
             changed += 1
+    if faults and all(fault.foreign for fault in faults):
+        raise DamageError(
+            f"{len(faults)} files in {store} are not its own: remove them; all that is its own is "
+            "as it was written"
+        )
     if faults:
         raise DamageError(
             f"{len(faults)} objects of {store} are not as they were written: "

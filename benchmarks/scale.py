@@ -27,18 +27,19 @@ import pyarrow.compute as pc
 
 from semmae.pipeline import plan_rows
 from semmae.pipeline.crops import Pixels
-from semmae.pipeline.image_source import ImageSource, spread
+from semmae.pipeline.image_source import ImageSource
 from semmae.pipeline.loaders import PretrainingData
 from semmae.pipeline.mask_policies import MaskSchedule
 from semmae.pipeline.part_maps import PartMaps
 from semmae.pipeline.plan import Plan
 from semmae.pipeline.schedule import Schedule
+from semmae.stages.extraction_forecast import choose_samples, images_left
 from semmae.storage.files import write_json
 from semmae.storage.part_check import committed_shards, complete_store, damaged_shards
 from semmae.storage.part_identity import META_SCHEMA, StoreIdentity, shard_size_for
 from semmae.storage.part_records import commit_path, object_names, read_commit
 from semmae.storage.part_store import PartStore
-from semmae.storage.part_writer import create_store, same_set_up, write_shard
+from semmae.storage.part_writer import create_store, write_shard
 
 T = TypeVar("T")
 
@@ -227,12 +228,12 @@ def measure(images: int, folder: Path) -> None:
     print(f"    plan files of the store: {told_size(store)}")
 
     def dry_run() -> str:
-        same_set_up(store, identity, plan.tables(), names)
-        done = len(committed_shards(store))
-        sample = plan.take(spread(len(plan), 256))
+        left = images_left(store, identity, plan)
+        sample = choose_samples(identity, plan, left).encoded
         return (
             f"{len(plan):,} images, {plan.total_bytes / 1e12:.2f} TB encoded, {identity.shards} "
-            f"shards of {identity.shard_size}, {done} done, {len(sample)} images to try"
+            f"shards of {identity.shard_size}, {np.count_nonzero(left):,} images left, "
+            f"{len(sample)} of them to try"
         )
 
     print(f"    {step('dry run, up to its first image', dry_run)}")

@@ -16,15 +16,17 @@ from ..pipeline.plan import Plan, plan_of_rows
 from ..pipeline.sources import list_images
 from ..storage.part_check import committed_shards
 from ..storage.part_identity import CHUNK, StoreIdentity
-from ..storage.part_records import read_commit
+from ..storage.part_records import commit_name, object_names
 from ..storage.part_store import PartStore
 from ..storage.part_writer import create_store, same_set_up, uncommit
-from ..storage.store_paths import StorePath
+from ..storage.store_paths import UNLASTING, StorePath, sizes_below
 from .extract_parts import ExtractPartsOptions, store_identity, worker_inputs, worker_settings
 from .extraction_worker import ExtractionWorker
 from .pace import steady_seconds
 from .previous_store import keep_previous, previous_rows, refuse_other_parts
 from .worker_settings import WorkerSettings
+
+_BLOCK = 1 << 20
 
 SAMPLED = {"cuda": 256, "cpu": 16}
 """Images that time and size are measured on, by device type."""
@@ -54,16 +56,17 @@ def forecast_extraction(options: ExtractPartsOptions) -> dict[str, Any]:
         identity = store_identity(options, plan, workers, old)
         if old is not None:
             refuse_other_parts(old, identity)
-        left = _images_left(options.output, identity, plan)
+        left = images_left(options.output, identity, plan)
         previous = None if old is None else previous_rows(old, plan)
-        known = left & (False if previous is None else previous >= 0)
-        samples = _samples(identity, plan, left & ~known, known, previous)
+        known = None if previous is None else left & (previous >= 0)
+        samples = choose_samples(identity, plan, left, known, previous)
         settings = worker_settings(options, plan, workers)
         work = functools.partial(_try_out, settings, identity, samples)
         cost: _Cost = work() if options.address is None else workers.once(work)
-    count, wanted, taken = max(options.workers, 1), int(left.sum()), int(known.sum())
+    count, wanted = max(options.workers, 1), int(left.sum())
+    taken = 0 if known is None else int(known.sum())
     seconds = (wanted - taken) * cost.encoded_seconds + taken * cost.taken_seconds
-    size = len(plan) * cost.image_bytes + identity.shards * cost.shard_bytes
+    size = len(plan) * cost.image_bytes + identity.shards * cost.shard_bytes + cost.store_bytes
     return {
         "images": f"{len(plan)}, {plan.total_bytes / 1e9:.2f} GB encoded",
         "done already": len(plan) - wanted,
@@ -87,8 +90,20 @@ def _taken_over(old: PartStore, left: int, taken: int) -> dict[str, str]:
     }
 
 
-def _images_left(output: StorePath, identity: StoreIdentity, plan: Plan) -> NDArray[np.bool_]:
-    """Which images are of shards that the store has not yet, (N,); another store is refused."""
+def images_left(output: StorePath, identity: StoreIdentity, plan: Plan) -> NDArray[np.bool_]:
+    """Which images are of shards that a store has not yet; another store is refused.
+
+    Args:
+        output: Folder of the store, which need not be there.
+        identity: What it is to hold.
+        plan: Its images.
+
+    Returns:
+        bool (N,).
+
+    Raises:
+        MismatchError: There is a store of another identity.
+    """
     left = np.ones(len(plan), dtype=np.bool_)
     try:
         same_set_up(output, identity, plan.tables(), plan.class_names)
@@ -100,7 +115,7 @@ def _images_left(output: StorePath, identity: StoreIdentity, plan: Plan) -> NDAr
     return left
 
 
-class _Samples(NamedTuple):
+class Samples(NamedTuple):
     """Images that are done to see what they cost."""
 
     encoded: Plan
@@ -116,7 +131,10 @@ class _Measured(NamedTuple):
 
     images: int
     seconds: float
-    bytes: int
+    shard_bytes: int
+    """Of the shard's objects and its record."""
+    set_up_bytes: int
+    """Of plan and array metadata."""
 
 
 class _Cost(NamedTuple):
@@ -131,44 +149,68 @@ class _Cost(NamedTuple):
     image_bytes: float
     shard_bytes: float
     """A shard beside its images."""
+    store_bytes: float
+    """A store beside its shards."""
 
 
-def _samples(
+def choose_samples(
     identity: StoreIdentity,
     plan: Plan,
-    new: NDArray[np.bool_],
-    known: NDArray[np.bool_],
-    previous: NDArray[np.int64] | None,
-) -> _Samples:
+    left: NDArray[np.bool_],
+    known: NDArray[np.bool_] | None = None,
+    previous: NDArray[np.int64] | None = None,
+) -> Samples:
     """Choose images to measure on.
 
     Args:
         identity: Of the store.
         plan: Its images.
-        new: Which of them are to be encoded, (N,).
-        known: Which of them are to be taken over, (N,).
-        previous: Row of each in the earlier store, (N,); None without one.
+        left: Which of them are to be done, bool (N,).
+        known: Which of these are to be taken over, bool (N,); None without an earlier store.
+        previous: Row of each in the earlier store, int64 (N,); likewise.
     """
     count = SAMPLED[identity.device_type]
-    rows = np.flatnonzero(new) if new.any() else np.arange(len(plan))
-    some = rows[spread(len(rows), count)]
+    new = left if known is None else left & ~known
+    wanted = int(new.sum())
+    some = _chosen(new, spread(wanted, count)) if wanted else spread(len(plan), count)
     encoded = plan_of_rows(plan.root, plan.take(some), plan.class_names)
+    if known is None or previous is None or not known.any():
+        return Samples(encoded, None, np.empty(0, dtype=np.int64))
     # Side by side, as in a shard: else each would be of another shard of the earlier store.
-    together = np.flatnonzero(known)[:count]
-    if previous is None or not len(together):
-        return _Samples(encoded, None, together)
+    together = _chosen(known, np.arange(min(count, int(known.sum()))))
     taken = plan_of_rows(plan.root, plan.take(together), plan.class_names)
-    return _Samples(encoded, taken, previous[together])
+    return Samples(encoded, taken, previous[together])
 
 
-def _try_out(settings: WorkerSettings, identity: StoreIdentity, samples: _Samples) -> _Cost:
+def _chosen(mask: NDArray[np.bool_], places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Positions of those at some places among all that a mask (N,) has.
+
+    In blocks: the positions of all take eight times the mask's memory.
+    """
+    found, before = [], 0
+    for start in range(0, len(mask), _BLOCK):
+        block = np.flatnonzero(mask[start : start + _BLOCK])
+        here = places[(places >= before) & (places < before + len(block))] - before
+        found.append(start + block[here])
+        before += len(block)
+    return np.concatenate(found)
+
+
+def _try_out(settings: WorkerSettings, identity: StoreIdentity, samples: Samples) -> _Cost:
     """Do half of the images to encode, then all of them, then those to take over."""
     plan, alone = samples.encoded, dataclasses.replace(settings, update=None)
     half, whole = (
         _extracted(alone, identity, plan_of_rows(plan.root, table, plan.class_names))
         for table in (plan.table.slice(0, max(len(plan) // 2, 1)), plan.table)
     )
-    an_image = (whole.bytes - half.bytes) / max(whole.images - half.images, 1)
+
+    def parted(less: int, more: int) -> tuple[float, float]:
+        """Bytes of an image, and what is there without images."""
+        of_image = (more - less) / max(whole.images - half.images, 1)
+        return of_image, max(more - whole.images * of_image, 0)
+
+    in_shard, shard_bytes = parted(half.shard_bytes, whole.shard_bytes)
+    in_plan, store_bytes = parted(half.set_up_bytes, whole.set_up_bytes)
     rates = f"{whole.images / whole.seconds:.1f} images/s, on {whole.images} images"
     taken_seconds = 0.0
     if samples.taken is not None:
@@ -179,8 +221,9 @@ def _try_out(settings: WorkerSettings, identity: StoreIdentity, samples: _Sample
         rates=rates,
         encoded_seconds=whole.seconds / whole.images,
         taken_seconds=taken_seconds,
-        image_bytes=an_image,
-        shard_bytes=max(whole.bytes - whole.images * an_image, 0),
+        image_bytes=in_shard + in_plan,
+        shard_bytes=shard_bytes,
+        store_bytes=store_bytes,
     )
 
 
@@ -214,8 +257,10 @@ def _extracted(
         worker(0).result()  # warms up
         uncommit(output, [0])
         seconds = steady_seconds(worker(0).result()["seconds"])
-        objects = read_commit(output, few, 0)["objects"].values()
-        return _Measured(len(plan), seconds, sum(described["size"] for described in objects))
+        sizes = sizes_below(output)
+        shard = sum(sizes[name] for name in (*object_names(few, 0), commit_name(0)))
+        lasting = (size for name, size in sizes.items() if name.partition("/")[0] not in UNLASTING)
+        return _Measured(len(plan), seconds, shard, sum(lasting) - shard)
 
 
 def _duration(seconds: float) -> str:

@@ -45,10 +45,13 @@ class Pace:
         progress: Where it is shown, in images.
         done: Images that earlier runs did.
         shards: The shards still to do.
+        bad: Images among those done that could not be used.
     """
 
-    def __init__(self, progress: Progress, done: int, shards: Collection[int]) -> None:
-        self._progress, self._done, self._bad = progress, done, 0
+    def __init__(
+        self, progress: Progress, done: int, shards: Collection[int], bad: int = 0
+    ) -> None:
+        self._progress, self._done, self._bad = progress, done, bad
         self._open = set(shards)
         self._under_way: dict[int, Told] = {}
         self._images: dict[str, int] = {}

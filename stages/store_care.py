@@ -124,7 +124,7 @@ def repair_parts(options: RepairPartsOptions) -> list[Fault]:
     """
     before = verify_parts(options.parts)
     _remove_lost(options.parts, before)
-    mendable = [fault for fault in before if not fault.reason.startswith("is foreign")]
+    mendable = [fault for fault in before if not fault.foreign]
     if mendable:
         maker, settings = _last_run(options.parts)
         given = {

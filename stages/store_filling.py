@@ -18,7 +18,7 @@ from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
 from ..pipeline.watching import Watch
 from ..storage.files import NO_FILE, read_whole, write_json
-from ..storage.part_check import committed_shards, complete_store, damaged_shards
+from ..storage.part_check import bad_in_shards, complete_store, damaged_shards
 from ..storage.part_identity import META_SCHEMA, StoreIdentity
 from ..storage.part_records import decode_table, meta_name, same_store
 from ..storage.part_writer import create_store, uncommit, write_shard
@@ -189,7 +189,7 @@ def fill_store(
         _record_run(command, options, identity, started)
     finished = sum(stop - start for start, stop in map(identity.shard_range, done))
     with Progress(doing, identity.images, "image", finished) as progress:
-        pace = Pace(progress, finished, todo)
+        pace = Pace(progress, finished, todo, sum(done.values()))
         for record in work(todo, pace.watch) if todo else ():
             pace.committed(record)
     if told := pace.sentence():
@@ -212,12 +212,12 @@ def fill_store(
     return complete
 
 
-def _sound_shards(output: StorePath) -> set[int]:
-    """The shards that are committed, without those that were altered since: these are done again.
+def _sound_shards(output: StorePath) -> dict[int, int]:
+    """Images that could not be used, by shard that is committed and was not altered since.
 
     What is committed while this looks is another writer's, and right.
     """
-    before = committed_shards(output)
+    before = bad_in_shards(output)
     if not before:
         return before
     with Progress("checking", len(before), "shard") as progress:
@@ -226,7 +226,7 @@ def _sound_shards(output: StorePath) -> set[int]:
         same_store(output)
         # Looked at twice: while a mount was away, all was missing.
         uncommit(output, damaged_shards(output, sorted(damaged)))
-    return committed_shards(output)
+    return bad_in_shards(output)
 
 
 def _resolved(options: FillOptions, identity: StoreIdentity) -> dict[str, str]:

@@ -29,6 +29,7 @@ _ADVICE = {
     errno.EROFS: "name a folder that can be written to",
     errno.EACCES: "name a folder that you may write to, or change its permissions",
     errno.EPERM: "name a folder that you may write to, or change its permissions",
+    errno.EISDIR: "move away the folder that lies in its place, and run again",
     errno.ENOTDIR: "a part of the path is a file: name another folder",
     errno.EEXIST: "a part of the path is a file: name another folder",
 }
@@ -221,6 +222,8 @@ def damage_of(path: StorePath, description: Mapping[str, int]) -> str | None:
     try:
         if isinstance(path, RemotePath) and wanted <= BLOCK:
             found = describe(path.read_bytes())  # one request, where the size would be another
+        elif path.is_dir():
+            return "is a folder"
         else:
             size = path.stat().st_size
             found = {"size": size, "crc32": file_crc32(path) if size == wanted else 0}

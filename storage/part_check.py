@@ -43,6 +43,11 @@ class Fault(NamedTuple):
     error: UnreadableError | None = None
     """Where the system refuses to read it, which may pass: the object may be sound."""
 
+    @property
+    def foreign(self) -> bool:
+        """Whether it is no object of the store at all."""
+        return self.reason.startswith("is foreign")
+
     def __str__(self) -> str:
         return f"{self.name} {self.reason}"
 
@@ -234,7 +239,14 @@ def foreign_objects(path: StorePath) -> list[Fault]:
 
 
 def committed_shards(path: StorePath) -> set[int]:
-    """The shards whose commit record stands and is sound; their objects are not looked at.
+    """The shards of `bad_in_shards`."""
+    return set(bad_in_shards(path))
+
+
+def bad_in_shards(path: StorePath) -> dict[int, int]:
+    """How many images could not be used, of each shard whose commit record stands and is sound.
+
+    The shards' objects are not looked at.
 
     Args:
         path: Folder of the store.
@@ -246,14 +258,14 @@ def committed_shards(path: StorePath) -> set[int]:
     """
     _, identity = read_set_up(path)
 
-    def is_done(shard: int) -> bool:
+    def bad_in(shard: int) -> int | None:
         with contextlib.suppress(MissingError, DamageError):
-            read_commit(path, identity, shard)
-            return True
-        return False
+            return int(read_commit(path, identity, shard)["bad"])
+        return None
 
     shards = range(identity.shards)
-    return {s for s, done in zip(shards, each_in(path, is_done, shards), strict=True) if done}
+    found = zip(shards, each_in(path, bad_in, shards), strict=True)
+    return {shard: bad for shard, bad in found if bad is not None}
 
 
 def damaged_shards(

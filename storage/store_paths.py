@@ -47,12 +47,14 @@ def read_range(path: StorePath, start: int, stop: int) -> bytes:
 def sizes_below(path: StorePath) -> dict[str, int]:
     """Bytes of every file in a folder and in those in it, by path relative to it.
 
+    A link counts as a file, whatever it leads to.
+
     Args:
         path: The folder; without one there are no files.
     """
     if isinstance(path, RemotePath):
         return path.sizes_below()
-    files = (place for place in path.rglob("*") if not place.is_dir())
+    files = (place for place in path.rglob("*") if place.is_symlink() or not place.is_dir())
     return {file.relative_to(path).as_posix(): file.lstat().st_size for file in files}
 
 

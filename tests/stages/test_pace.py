@@ -35,6 +35,12 @@ def test_pace__counts_images_under_way_until_their_shard_is_done() -> None:
         assert progress.done == 4 + 32
 
 
+def test_pace__counts_bad_images_of_earlier_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("testing", 64, "image", 32) as progress:
+        Pace(progress, 32, {1}, bad=3).committed(record(1, "a", 1, 3))
+    assert "bad 5" in capsys.readouterr().err
+
+
 def test_pace__says_what_time_went_to_and_who_was_slow() -> None:
     with Progress("testing", 64, "image") as progress:
         pace = Pace(progress, 0, {0, 1})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from semmae.errors import DamageError, MissingError, SettingError
+from semmae.errors import DamageError, MissingError, SettingError, UserError
 from semmae.pipeline.shard_worker import Record
 from semmae.pipeline.watching import Tell
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
@@ -50,6 +50,22 @@ def test_repair_parts__mends_a_flip_anywhere(store: Path, world: World) -> None:
         assert name in [fault.name for fault in verify_parts(store)]
         repair_parts(RepairPartsOptions(parts=store))
         assert lasting_bytes(store) == sound, name
+
+
+def test_repair_parts__says_what_to_do_with_a_folder_in_the_place_of_an_object(
+    store: Path, world: World
+) -> None:
+    place = store / "meta/part-00001.parquet"
+    place.unlink()
+    place.mkdir()
+    assert [str(fault) for fault in verify_parts(store)] == ["meta/part-00001.parquet is a folder"]
+    with pytest.raises(
+        UserError, match=r"part-00001\.parquet: Is a directory; move away the folder"
+    ):
+        repair_parts(RepairPartsOptions(parts=store))
+    place.rmdir()
+    repair_parts(RepairPartsOptions(parts=store))
+    assert lasting_bytes(store) == lasting_bytes(world.store)
 
 
 def test_repair_parts__mends_a_lost_record_of_the_plan(store: Path, world: World) -> None:

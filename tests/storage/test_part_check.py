@@ -149,5 +149,8 @@ def test_checks__name_foreign_files_but_not_those_of_runs_and_writers(store: Pat
     for name in ("runs/a.json", "cache/b.npy", f"meta/.part.{'0' * 32}.tmp"):
         (store / name).parent.mkdir(exist_ok=True)
         (store / name).write_bytes(b"!")
-    found = {fault.name for fault in foreign_objects(store)}
-    assert found == {"notes.txt", "meta/part-00099.parquet", "parts.zarr/labels/c/7/0/0"}
+    (store / "elsewhere").symlink_to(store.parent)
+    found = foreign_objects(store)
+    assert all(fault.foreign for fault in found)
+    names = {"notes.txt", "meta/part-00099.parquet", "parts.zarr/labels/c/7/0/0", "elsewhere"}
+    assert {fault.name for fault in found} == names
