@@ -40,6 +40,8 @@ class Status(NamedTuple):
 
     kind: Literal["file", "folder"]
     size: int
+    changed: str = ""
+    """What the storage says of its last change, a time or an ETag; "" where it says nothing."""
 
 
 class DataRoot(ABC):
@@ -226,7 +228,9 @@ class LocalRoot(DataRoot):
 
     def _status(self, path: str) -> Status:
         place = Path(self.root, path)
-        return Status("folder" if place.is_dir() else "file", place.stat().st_size)
+        found = place.stat()
+        kind: Literal["file", "folder"] = "folder" if place.is_dir() else "file"
+        return Status(kind, found.st_size, str(found.st_mtime_ns))
 
     def _lost_above(self, path: str) -> str | None:
         # A folder inside the root may be a mount of its own, or a link to one.

@@ -4,7 +4,7 @@ import errno
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,9 @@ from .data_root import DataRoot, FolderListing, LocalRoot, Status, ending_of
 
 # A request costs as much time as some megabytes, so little is gained by skipping less.
 _READ_AHEAD = 4 << 20
+
+_CHANGED = ("ETag", "etag", "LastModified", "updated", "mtime")
+"""What file systems of fsspec call the mark or the time of a file's last change."""
 
 
 def locate(data: str | Path) -> tuple[DataRoot, str | None]:
@@ -110,7 +113,9 @@ class RemoteRoot(DataRoot):
     def _status(self, path: str) -> Status:
         system, place = self._named(path)
         found = system.info(place)
-        return Status("folder" if found["type"] == "directory" else "file", found["size"] or 0)
+        changed = next((str(found[word]) for word in _CHANGED if found.get(word)), "")
+        kind: Literal["file", "folder"] = "folder" if found["type"] == "directory" else "file"
+        return Status(kind, found["size"] or 0, changed)
 
     def _lost_above(self, path: str) -> str | None:
         # Object storage has no folders: what is in them makes them.

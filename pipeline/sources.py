@@ -17,6 +17,7 @@ from .archives import archives_in, plan_of_archives
 from .data_root import DataRoot
 from .decoding import BadImage
 from .image_folders import IMAGE_EXTENSIONS, holds_images, plan_of_folder
+from .kept_indices import kept
 from .parquet import ParquetImages, index_of_parquet, labels_of_parquet
 from .plan import Plan
 from .plan_matching import with_known_sizes
@@ -27,7 +28,6 @@ from .tars import (
     TAR_ENDINGS,
     index_of_tar,
     is_compressed_tar,
-    labels_of_tar,
     read_from_tar,
     refuse_compressed,
 )
@@ -61,6 +61,8 @@ def list_images(
 
     **Tars.**  As Parquet, with samples as WebDataset has them (`tars`): ``a.jpg``, its class in
     ``a.cls`` or under ``label`` in ``a.json``.  Headers are read, images are not.
+
+    Both are gone through once, for as long as they stay as they are (`kept_indices`).
 
     Args:
         data: A folder or file, local or a URL that fsspec knows: ``s3://``, ``gs://``.
@@ -125,11 +127,12 @@ def _is_tar(path: str) -> bool:
 def _plan_of_files(root: DataRoot, files: list[str], split: Split, sizes: bool) -> Plan:
     """The plan of Parquet files, or of tars, whose headers tell the sizes anyway."""
     if _is_parquet(files[0]):
-        index = partial(index_of_parquet, sizes=sizes)
-        return plan_of_archives(root, files, split, index, labels_of_parquet)
+        whole, names = kept(index_of_parquet, "parquet"), partial(index_of_parquet, sizes=False)
+        return plan_of_archives(root, files, split, whole if sizes else names, labels_of_parquet)
     if compressed := next(filter(is_compressed_tar, files), None):
         refuse_compressed(root.place(compressed))
-    return plan_of_archives(root, files, split, index_of_tar, labels_of_tar)
+    index = kept(index_of_tar, "tar")
+    return plan_of_archives(root, files, split, index, lambda *tar: index(*tar).labels)
 
 
 class ImageReader:

@@ -14,7 +14,6 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from ..errors import DamageError, MissingError, SettingError, UserError
 from .archives import ArchiveIndex, require_classes
@@ -109,11 +108,6 @@ def index_of_tar(root: DataRoot, path: str) -> ArchiveIndex:
         pa.array(members, pa.string()),
         np.array(offsets, dtype=np.int64),
     )
-
-
-def labels_of_tar(root: DataRoot, path: str) -> NDArray[np.int64]:
-    """The labels of `index_of_tar`; its members are where they stand."""
-    return index_of_tar(root, path).labels
 
 
 def _files_of(file: BinaryIO, place: str) -> Iterator[_Member]:

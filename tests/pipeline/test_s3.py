@@ -47,7 +47,7 @@ def calm(filled: S3Server, calm_s3: FaultyProxy) -> FaultyProxy:
 
 
 @pytest.fixture
-def proxy(filled: S3Server, faulty_s3: FaultyProxy) -> FaultyProxy:
+def proxy(filled: S3Server, faulty_s3: FaultyProxy, own_caches: Path) -> FaultyProxy:
     """The same, spoiling most first tries."""
     return faulty_s3
 
@@ -86,6 +86,18 @@ def test_s3__reads_an_image_by_one_request(calm: FaultyProxy) -> None:
             reader.read(index)
         assert calm.requests.total() == len(IMAGES)
         assert all(request.startswith("GET ") for request in calm.requests)
+
+
+@pytest.mark.parametrize("form", ["parquet", "tars"])
+def test_s3__goes_through_an_archive_once(
+    form: str, calm: FaultyProxy, own_caches: Path, filled: S3Server
+) -> None:
+    first = list_images(f"s3://{BUCKET}/{form}")
+    calm.requests.clear()
+    assert list_images(f"s3://{BUCKET}/{form}").table.equals(first.table)
+    archives = [request for request in calm.requests if ".parquet" in request or ".tar" in request]
+    assert archives
+    assert all(request.startswith("HEAD ") for request in archives)
 
 
 def test_s3__lists_folders_by_one_request_each(calm: FaultyProxy) -> None:
