@@ -9,7 +9,7 @@ Legend of shapes: B images, H W pixels, g_h g_w places of a stored map, L patche
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,6 +111,8 @@ class PretrainingData(_ImageData):
         store_fingerprint: Of the store that the maps came from.
         background: Channel of the background in part maps; None without one.
         predicted_share: Share of the masked patches that are predicted.
+        own_parts: Part maps by position of the images, which losses are told by where the policy
+            reads none; None where there are none.
 
     Attributes:
         parts, background: As given.
@@ -133,12 +135,14 @@ class PretrainingData(_ImageData):
         store_fingerprint: str = "",
         background: int | None = None,
         predicted_share: float = 1.0,
+        own_parts: PartMaps | None = None,
     ) -> None:
         reads = POLICIES[masks.policy].reads
         if maps is None and reads is not None:
             raise SettingError(f"--masking {masks.policy} needs --parts: the part store to follow")
         super().__init__(images)
         self._maps = maps if reads is not None else None
+        self._own_parts = own_parts
         self.parts, self.background = parts, background
         self._size, self._masks, self._seed = image_size, masks, seed
         self._grid = (image_size[0] // patch_size, image_size[1] // patch_size)
@@ -167,9 +171,9 @@ class PretrainingData(_ImageData):
 
         Returns:
             ``images`` uint8 (B, H, W, 3), ``mask`` bool (B, L), ``alpha`` float32 (B,),
-            ``index`` int64 (B,); and ``parts`` uint8 (B, L), the parts that the mask follows, where
-            it follows any; and ``predicted`` int64 (B, predicted), places among the masked patches,
-            where not all are predicted.
+            ``index`` int64 (B,); and ``parts`` uint8 (B, L), the parts that the mask follows, or
+            the image's own where it follows none and they are known; and ``predicted`` int64
+            (B, predicted), places among the masked patches, where not all are predicted.
         """
         crops = _cropped(self._images, draws, self._seed, self._scale, self._size)
         alpha = self._masks.alpha(draws)
@@ -192,12 +196,10 @@ class PretrainingData(_ImageData):
     ) -> tuple[NDArray[np.bool_], NDArray[np.uint8] | None]:
         """The masks of some crops, bool (B, L), from maps cropped and flipped as they were.
 
-        Beside them those maps, uint8 (B, L), where they are of parts.
+        Beside them those maps, uint8 (B, L), where they are of parts; else the images' own parts,
+        where they are known.
         """
-        maps = None
-        if self._maps is not None:
-            maps = self._maps.of(crops.positions)
-            maps = crop_maps(maps, crops.boxes, crops.sizes, self._grid, crops.mirrored)
+        maps = None if self._maps is None else self._cropped_maps(self._maps, crops)
         mask = POLICIES[self._masks.policy].masks(
             MaskRequest(
                 grid=self._grid,
@@ -208,9 +210,15 @@ class PretrainingData(_ImageData):
                 parts=self.parts,
             )
         )
+        if (maps is None or maps.dtype != np.uint8) and self._own_parts is not None:
+            maps = self._cropped_maps(self._own_parts, crops)
         if maps is None or maps.dtype != np.uint8:
             return mask, None
         return mask, np.ascontiguousarray(maps.reshape(mask.shape))
+
+    def _cropped_maps(self, maps: PartMaps, crops: _Crops) -> NDArray[Any]:
+        found = maps.of(crops.positions)
+        return crop_maps(found, crops.boxes, crops.sizes, self._grid, crops.mirrored)
 
 
 class SquashedData(_ImageData):

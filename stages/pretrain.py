@@ -172,7 +172,7 @@ class Pretraining(Task):
     def finish_epoch(self, epoch: int, run: Run) -> dict[str, float]:
         """Draw reconstructions of a few crops, with the masks of this point of the schedule.
 
-        Where masks follow parts, they are drawn over them, too.
+        Where parts are known, masks are drawn over them, too.
         """
         chosen = spread(len(self._data), PICTURED).tolist()
         draws = [Draw(index, epoch - 1, epoch / self._epochs) for index in chosen]
@@ -214,6 +214,7 @@ def pretraining_data(options: PretrainOptions) -> PretrainingData:
         epochs=options.epochs if options.alpha_by == "epoch" else None,
     )
     images, maps, parts, fingerprint, background = ImageSource(plan), None, 0, "", None
+    own_parts = None
     if store is not None:
         rows, places = join_store(plan, store)
         if len(rows) < len(plan):
@@ -232,6 +233,8 @@ def pretraining_data(options: PretrainOptions) -> PretrainingData:
         reads = POLICIES[options.masking].reads
         if reads is not None:
             maps = read_maps(store, reads, places, options.seed)
+        if reads is None or reads == "attention":
+            own_parts = read_maps(store, "parts", places, options.seed)
     return PretrainingData(
         images,
         maps,
@@ -244,6 +247,7 @@ def pretraining_data(options: PretrainOptions) -> PretrainingData:
         store_fingerprint=fingerprint,
         background=background,
         predicted_share=options.predicted_share,
+        own_parts=own_parts,
     )
 
 

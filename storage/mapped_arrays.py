@@ -1,12 +1,19 @@
-"""Arrays made of a store's shards once, kept in ``.npy`` files, and mapped into memory."""
+"""Arrays made of a store's shards once, kept in ``.npy`` files, and mapped into memory.
+
+A file ends with the CRC-32 of all before, which readers of ``.npy`` files pass over.
+"""
 
 import contextlib
+import io
+import itertools
 import os
 import stat
+import struct
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +22,19 @@ from ..errors import DamageError, UnreadableError, UserError
 from .files import atomic_file
 from .store_paths import StorePath
 
+CHECKED_BYTES = 1 << 30
+"""Files up to this size, ImageNet's among them, are compared with their CRC-32 before they are
+mapped, in a fraction of a second; larger ones would be read whole for it at each start."""
+
+_CRC32 = struct.Struct("<I")
+
 Blocks = Callable[[], Iterable[NDArray[Any]]]
 
 
 def mapped_array(
     place: StorePath, shape: tuple[int, ...], dtype: str, blocks: Blocks
 ) -> NDArray[Any]:
-    """An array that is made once and memory-mapped read-only.
+    """An array that is made once and memory-mapped read-only; made anew where its file was altered.
 
     Args:
         place: File that keeps it.  Where that is behind a URL or cannot be written, a file of its
@@ -63,21 +76,40 @@ def _private_folder() -> Path:
 
 
 def _kept(place: Path, shape: tuple[int, ...], dtype: str) -> NDArray[Any] | None:
-    """The array of a file; None if it is absent or of no use."""
+    """The array of a file; None if it is absent, altered or of no use."""
     try:
+        with place.open("rb") as file:
+            size = place.stat().st_size - _CRC32.size
+            file.seek(size)
+            (crc32,) = _CRC32.unpack(file.read())
+            if size <= CHECKED_BYTES and crc32 != _crc32_of(file, size):
+                return None
         values: NDArray[Any] = np.load(place, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, struct.error):
         return None
     return values if values.shape == shape and values.dtype == dtype else None
 
 
+def _crc32_of(file: BinaryIO, size: int) -> int:
+    """CRC-32 of the first bytes of a file."""
+    crc32, left = 0, size
+    file.seek(0)
+    while left and (block := file.read(min(left, 1 << 20))):
+        crc32, left = zlib.crc32(block, crc32), left - len(block)
+    return crc32
+
+
 def _made(place: Path, shape: tuple[int, ...], dtype: str, blocks: Blocks) -> NDArray[Any]:
-    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, described)
     # Plain writes: on a full disk they raise, where a writable memory map kills the process.
     with atomic_file(place) as temporary, temporary.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for block in blocks():
-            file.write(block.tobytes())
+        crc32 = 0
+        for data in itertools.chain((header.getvalue(),), (block.tobytes() for block in blocks())):
+            crc32 = zlib.crc32(data, crc32)
+            file.write(data)
+        file.write(_CRC32.pack(crc32))
     values = _kept(place, shape, dtype)
     if values is None:
         raise DamageError(f"the cache {place} cannot be read back; remove it and try again")

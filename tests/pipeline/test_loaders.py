@@ -120,6 +120,20 @@ def test_pretraining_data__has_the_shapes_it_says(example: Example) -> None:
     assert batch["alpha"].tolist() == pytest.approx([(d.progress) ** 2 for d in draws_of(5)])
 
 
+@pytest.mark.parametrize("policy", ["random", "block", "green", "attention", "shuffled"])
+def test_pretraining_data__tells_an_image_its_own_parts_where_masks_follow_none(
+    policy: str, example: Example
+) -> None:
+    own = PartMaps(example.maps, np.arange(len(example.plan)))
+    followed = example.data().__getitems__(draws_of(9))["parts"]
+    plain = example.data(policy).__getitems__(draws_of(9))
+    told = example.data(policy, own_parts=own).__getitems__(draws_of(9))
+    assert torch.equal(told["mask"], plain["mask"])
+    # Those of another image are followed.
+    assert ("parts" in plain) == (policy == "shuffled")
+    assert torch.equal(told["parts"], plain["parts"] if policy == "shuffled" else followed)
+
+
 @pytest.mark.parametrize("size", [(64, 96), (96, 48)])
 def test_pretraining_data__crops_that_are_not_square_are_stretched_no_more_than_square_ones(
     size: tuple[int, int], tmp_path: Path

@@ -89,7 +89,7 @@ def losses_told(run: Path, name: str) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.parametrize("changes", [{}, {"predicted_share": 0.4}])
+@pytest.mark.parametrize("changes", [{}, {"predicted_share": 0.4}, {"masking": "random"}])
 def test_pretrain__tells_losses_by_alpha_and_by_part_size(
     changes: dict[str, Any], world: World, tmp_path: Path
 ) -> None:
@@ -101,10 +101,14 @@ def test_pretrain__tells_losses_by_alpha_and_by_part_size(
     order = schedule.permutation(options.seed, 0)
     for step in range(4):
         batch = data.__getitems__(schedule.draws(step, order))
-        assert by_alpha[step].keys() == ranges_of(batch["alpha"], ALPHA_EDGES)
+        scheduled = options.masking == "semantic"
+        assert by_alpha[step].keys() == (
+            ranges_of(batch["alpha"], ALPHA_EDGES) if scheduled else set()
+        )
         sizes = ranges_of(part_shares(batch["parts"])[batch["mask"]], PART_SIZE_EDGES)
         # Patches that are not predicted have no loss.
-        assert by_size[step].keys() <= sizes if changes else by_size[step].keys() == sizes
+        partly = options.predicted_share < 1
+        assert by_size[step].keys() <= sizes if partly else by_size[step].keys() == sizes
 
 
 def ranges_of(shares: torch.Tensor, edges: tuple[float, ...]) -> set[str]:
@@ -176,23 +180,19 @@ def test_pretrain__predicts_the_same_patches_in_parts_of_any_size(
     assert found[1] == pytest.approx(found[0], rel=2e-5)
 
 
-def test_pretrain__random_masks_follow_neither_alpha_nor_parts(
-    world: World, tmp_path: Path
-) -> None:
-    pretrain(pretrain_options(world, tmp_path, parts=world.store, log_steps=1))
+def test_pretrain__without_parts_tells_losses_by_nothing(world: World, tmp_path: Path) -> None:
+    pretrain(pretrain_options(world, tmp_path, log_steps=1))
     assert losses_told(tmp_path, "loss_by_alpha") == losses_told(tmp_path, PART_SIZE) == [{}] * 4
 
 
-def test_pretrain__draws_masks_over_the_parts_that_they_follow(
-    world: World, tmp_path: Path
-) -> None:
-    heights = {}
-    for masking in ("random", "semantic"):
-        run = tmp_path / masking
-        pretrain(pretrain_options(world, run, masking=masking, parts=world.store))
+def test_pretrain__draws_masks_over_the_parts_that_are_known(world: World, tmp_path: Path) -> None:
+    heights: list[int] = []
+    for masking, parts in (("random", None), ("random", world.store), ("semantic", world.store)):
+        run = tmp_path / str(len(heights))
+        pretrain(pretrain_options(world, run, masking=masking, parts=parts))
         with Image.open(run / "pictures" / "reconstructions-epoch-0001.png") as picture:
-            heights[masking] = picture.height
-    assert heights == {"random": 3 + 3 * 131, "semantic": 3 + 4 * 131}
+            heights.append(picture.height)
+    assert heights == [3 + 3 * 131, 3 + 4 * 131, 3 + 4 * 131]
 
 
 def test_pretrain__masking_changes_only_the_masks(

@@ -13,7 +13,7 @@ import pytest
 import zarr
 
 from semmae.errors import DamageError, MissingError, SettingError
-from semmae.storage import part_store
+from semmae.storage import mapped_arrays, part_store
 from semmae.storage.part_check import complete_store
 from semmae.storage.part_identity import META_SCHEMA, UNLABELLED
 from semmae.storage.part_shards import round_mantissa
@@ -178,6 +178,22 @@ def test_labels__cache_is_kept_and_mended(store: Path) -> None:
     assert not first.labels().flags.writeable
     place.write_bytes(place.read_bytes()[:200])
     assert np.array_equal(PartStore.open(store).labels(), want)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_labels__cache_that_was_altered_is_made_anew(
+    store: Path, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """Unless it is so large that each start would wait for it."""
+    if not checked:
+        monkeypatch.setattr(mapped_arrays, "CHECKED_BYTES", 100)
+    expected = np.array(PartStore.open(store).labels())
+    (kept,) = (store / "cache").glob("labels-*.npy")
+    assert np.array_equal(np.load(kept), expected)
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 1
+    kept.write_bytes(content)
+    assert np.array_equal(PartStore.open(store).labels(), expected) == checked
 
 
 def test_labels__cache_of_a_rebuilt_store_is_not_read(example: "Example", store: Path) -> None:
