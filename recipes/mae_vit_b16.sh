@@ -3,7 +3,8 @@
 #
 #   recipes/mae_vit_b16.sh DATA OUTPUT [GPUS]
 #
-# Hours and processor cores: as semmae_vit_b16.sh, from whose store the image cache comes, too.
+# Hours: 41 on one H100 or H200 and 5 on eight, by its operations at 40 % of their peak; not measured.
+# That asks for 12 processor cores a GPU, or 5 with --images cache and a store that keeps images.
 # Expect: fine-tuned top-1 83.3 at 800 epochs (83.6 at 1600, seeds 0.08 apart), linear probe 63.7.
 set -euo pipefail
 torchrun --standalone --nproc-per-node "${3:-1}" -m semmae stage2 pretrain \
