@@ -80,6 +80,7 @@ class _WorkerLostError(Exception):
 
 def _once(work: Callable[[], str], workers: int, on_gpus: bool, notes: Path) -> str:
     """Run the workers to their end, or until one is lost."""
+    import ray.exceptions
     import ray.train
     import ray.train.torch
 
@@ -102,6 +103,8 @@ def _once(work: Callable[[], str], workers: int, on_gpus: bool, notes: Path) -> 
             if isinstance(failure, UserError):
                 raise failure from None
         raise _WorkerLostError(_told(failures)) from error
+    except ray.exceptions.RayError as error:  # what watches over the workers was lost itself
+        raise _WorkerLostError(str(error).strip().partition("\n")[0]) from error
 
 
 def _told(failures: Any) -> str:

@@ -1,4 +1,4 @@
-"""The same command under torchrun and Ray Train, processes and all: `make launchers`."""
+"""The same command under torchrun and Ray Train, processes and all (more: `make launchers`)."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from semmae.tests.pipeline.tiny import same
 from semmae.tests.soak import family
 from semmae.tests.world import World
 
-pytestmark = pytest.mark.launchers
+pytestmark = pytest.mark.xdist_group("ray")
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 RAY = ["--launcher", "ray", "--workers", "2"]
@@ -58,6 +58,7 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.launchers
 def test_torchrun__says_a_mistake_once(world: World, tmp_path: Path) -> None:
     command = [*TORCHRUN, *pretraining(world, tmp_path / "run", "--batch-size", "15")]
     assert started(command, tmp_path / "said").wait(300) != 0
@@ -106,6 +107,7 @@ def test_ray__goes_on_by_itself_where_a_worker_is_lost(
     assert not (tmp_path / "run" / ".ray").exists()
 
 
+@pytest.mark.launchers
 def test_ray__says_a_workers_mistake_in_one_sentence(world: World, tmp_path: Path) -> None:
     command = pretraining(world, tmp_path / "run", *RAY, "--data", str(tmp_path / "nowhere"))
     assert started(command, tmp_path / "said").wait(300) == 1
