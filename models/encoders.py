@@ -44,9 +44,14 @@ class Tokens:
     patches: Tensor
     attention: Tensor
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All three, in order."""
+        return self.class_token, self.patches, self.attention
+
     def each(self, change: Callable[[Tensor], Tensor]) -> "Tokens":
         """One change to all three, such as a move or a choice of images."""
-        return Tokens(change(self.class_token), change(self.patches), change(self.attention))
+        return Tokens(*map(change, self.parts))
 
     def split(self, size: int) -> Iterator["Tokens"]:
         """Of ``size`` images each, in order; the last may have fewer."""
@@ -56,11 +61,7 @@ class Tokens:
     @classmethod
     def joined(cls, batches: Sequence["Tokens"]) -> "Tokens":
         """Batches as one."""
-        return cls(
-            torch.cat([tokens.class_token for tokens in batches]),
-            torch.cat([tokens.patches for tokens in batches]),
-            torch.cat([tokens.attention for tokens in batches]),
-        )
+        return cls(*map(torch.cat, zip(*(tokens.parts for tokens in batches), strict=True)))
 
 
 @dataclass(frozen=True)

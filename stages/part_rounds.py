@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..models.encoders import AT_ONCE, FrozenEncoder, Tokens
+from ..models.gathering import Gathered
 from ..models.parts import PartLearner
 from ..models.predictors import PartPredictor
 from ..pipeline.image_source import ImageSource, batches_in_order, drawn
@@ -70,8 +71,7 @@ def sample_looks(
         seed: Of images and crops.
     """
     chosen = drawn(len(images), count, seed)
-    wholes: list[Tokens] = []
-    crops: list[list[SecondView]] = [[] for _ in range(CROPS)]
+    wholes, *crops = (Gathered(len(chosen)) for _ in range(1 + CROPS))
     with (
         torch.random.fork_rng(devices=[]),
         Progress("reading crops", len(chosen), "image") as progress,
@@ -79,14 +79,14 @@ def sample_looks(
         torch.default_generator.manual_seed(seed)
         for _, read in batches_in_order(images, size, 64, "squash", chosen):
             pixels = torch.from_numpy(read).to(encoder.mean.device)
-            wholes.append(kept_tokens(encoder(pixels)))
+            wholes.add(*kept_tokens(encoder(pixels)).parts)
             for made in crops:
-                made.append(kept_view(look_again(encoder, pixels)))
+                made.add(*kept_view(look_again(encoder, pixels)).parts)
             progress.update(len(read))
-    whole = Tokens.joined(wholes)
+    whole = Tokens(*wholes.parts)
     grid = (size[0] // encoder.patch_size, size[1] // encoder.patch_size)
     known = statistics(whole.patches, torch.arange(len(whole.patches)))
-    return Looks(whole, tuple(map(SecondView.joined, crops)), grid, known)
+    return Looks(whole, tuple(SecondView.of(*made.parts) for made in crops), grid, known)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import SettingError
 from ..models.encoders import AT_ONCE, FrozenEncoder, Tokens
+from ..models.gathering import Gathered
 from ..models.part_scores import AnchoredTokens, GridCells, SetCentres
 from ..models.parts import PartLearner
 from ..models.places import PlacePredictor
@@ -47,18 +48,18 @@ def sample_tokens(
 ) -> Tokens:
     """Tokens of some images, drawn without replacement, on the CPU in float32."""
     chosen = drawn(len(images), count, seed)
-    made: list[Tokens] = []
+    made = Gathered(len(chosen))
     device = encoder.mean.device
     with Progress("reading tokens", len(chosen), "image") as progress:
         for _, pixels in batches_in_order(images, size, 64, "squash", chosen):
             tokens = encoder(torch.from_numpy(pixels).to(device))
-            made.append(tokens.each(lambda part: part.float().cpu()))
+            made.add(*(part.float().cpu() for part in tokens.parts))
             progress.update(len(pixels))
     if not made:
         raise SettingError(
             f"not one image of {images.plan.root} can be read: nothing to learn from"
         )
-    return Tokens.joined(made)
+    return Tokens(*made.parts)
 
 
 def voting_learner(

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..errors import SettingError
 from ..models.encoders import FrozenEncoder
+from ..models.gathering import Gathered
 from ..models.parts import PartLearner
 from ..models.places import CELLS, PlacePredictor, object_cells
 from ..pipeline.image_source import ImageSource, batches_in_order, drawn
@@ -54,8 +55,8 @@ def sample_place_views(
     grid = (size[0] // patch, size[1] // patch)
     half = (max(grid[0] // 2, 1), max(grid[1] // 2, 1))
     kinds = ((half, WINDOW_AREA), (grid, CROP_AREA))
-    found: list[list[tuple[Tensor, Tensor]]] = [[], []]
     chosen = drawn(len(images), count, seed)
+    found = [Gathered(len(chosen)) for _ in kinds]
     voter.to(device)
     with (
         torch.random.fork_rng(devices=[]),
@@ -69,18 +70,15 @@ def sample_place_views(
                 pixels = (view_grid[0] * patch, view_grid[1] * patch)
                 view = look_again(encoder, whole, pixels, area)
                 cells = object_cells(view.frame, view_grid, objects, grid, CELLS)
-                made.append((view.tokens.patches.half().cpu(), cells.cpu()))
+                made.add(view.tokens.patches.half().cpu(), cells.cpu())
             progress.update(len(read))
     if not found[0]:
         raise SettingError(
             f"not one of {count} images of {images.plan.root} can be read: nothing to learn from; "
             "expected more --place-images"
         )
-    windows, crops = (
-        Lesson(torch.cat([t for t, _ in made]), torch.cat([c for _, c in made]), view_grid)
-        for made, (view_grid, _) in zip(found, kinds, strict=True)
-    )
-    return windows, crops
+    (windows, of_windows), (crops, of_crops) = (made.parts for made in found)
+    return Lesson(windows, of_windows, half), Lesson(crops, of_crops, grid)
 
 
 def learn_places(

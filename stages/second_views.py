@@ -6,13 +6,14 @@ nothing else in the losses keeps a part from depending on where it lies in the p
 Legend of shapes: B images, H W pixels, P channels of the part map, h w patches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..models.encoders import FrozenEncoder, Tokens
+from ..models.gathering import Gathered
 from ..models.vision import normalise_pixels, scaled
 from ..pipeline.image_source import ImageSource, batches_in_order, drawn
 from ..pipeline.progress import Progress
@@ -39,11 +40,15 @@ class SecondView:
         frames = torch.split(self.frame, size)
         return map(SecondView, self.tokens.split(size), frames)
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The frame, and all of the tokens."""
+        return self.frame, *self.tokens.parts
+
     @classmethod
-    def joined(cls, batches: "Sequence[SecondView]") -> "SecondView":
-        """Batches as one."""
-        tokens = Tokens.joined([view.tokens for view in batches])
-        return cls(tokens, torch.cat([view.frame for view in batches]))
+    def of(cls, frame: Tensor, *tokens: Tensor) -> "SecondView":
+        """A view of these parts."""
+        return cls(Tokens(*tokens), frame)
 
 
 @torch.no_grad()
@@ -114,14 +119,14 @@ def sample_views(
         Patch tokens in float16, the class token in float32; no attention.
     """
     chosen = drawn(len(images), count, seed)
-    made: list[SecondView] = []
+    made = Gathered(len(chosen))
     with torch.random.fork_rng(devices=[]), Progress("views", len(chosen), "image") as progress:
         torch.default_generator.manual_seed(seed)
         for _, pixels in batches_in_order(images, size, 64, "squash", chosen):
             view = look_again(encoder, torch.from_numpy(pixels).to(encoder.mean.device))
-            made.append(kept_view(view))
+            made.add(*kept_view(view).parts)
             progress.update(len(pixels))
-    return SecondView.joined(made)
+    return SecondView.of(*made.parts)
 
 
 def kept_view(view: SecondView) -> SecondView:
