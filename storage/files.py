@@ -222,7 +222,7 @@ def damage_of(path: StorePath, description: Mapping[str, int]) -> str | None:
     try:
         if isinstance(path, RemotePath) and wanted <= BLOCK:
             found = describe(path.read_bytes())  # one request, where the size would be another
-        elif path.is_dir():
+        elif not isinstance(path, RemotePath) and path.is_dir():
             return "is a folder"
         else:
             size = path.stat().st_size
