@@ -201,20 +201,21 @@ def rate_of(store: Path, workers: int) -> float:
 
 def plain(given: argparse.Namespace, work: Path) -> None:
     """A process that does shards by itself."""
-    settings = WorkerSettings(**json.loads(given.settings, object_hook=_paths))
+    settings = WorkerSettings(**json.loads(given.settings, object_hook=_settings))
     worker = OneBehind(ExtractionWorker(settings))
     for shard in given.shards:
         worker.do(shard, lambda _: None)
     worker.finish()
 
 
-def _paths(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: Path(v) if k in ("output", "learner") else v for k, v in values.items()}
+def _settings(values: dict[str, Any]) -> dict[str, Any]:
+    kinds = {"output": Path, "learner": Path, "checked": frozenset}
+    return {name: kinds.get(name, lambda same: same)(value) for name, value in values.items()}
 
 
 def workers(given: argparse.Namespace, work: Path) -> None:
     settings, shards = made_store(given, work, given.images or 256)
-    told = json.dumps({**vars(settings)}, default=str)
+    told = json.dumps({**vars(settings), "checked": sorted(settings.checked)}, default=str)
 
     def under_ray(count: int) -> None:
         with open_workers(Placement(workers=count, device="cpu")) as there:
