@@ -19,7 +19,7 @@ from ..storage.part_identity import CHUNK, StoreIdentity
 from ..storage.part_records import commit_name, object_names
 from ..storage.part_store import PartStore
 from ..storage.part_writer import create_store, same_set_up, uncommit
-from ..storage.store_paths import UNLASTING, StorePath, sizes_below
+from ..storage.store_paths import StorePath, lasts, sizes_below
 from .extract_parts import ExtractPartsOptions, store_identity, worker_inputs, worker_settings
 from .extraction_worker import ExtractionWorker
 from .pace import steady_seconds
@@ -259,7 +259,7 @@ def _extracted(
         seconds = steady_seconds(worker(0).result()["seconds"])
         sizes = sizes_below(output)
         shard = sum(sizes[name] for name in (*object_names(few, 0), commit_name(0)))
-        lasting = (size for name, size in sizes.items() if name.partition("/")[0] not in UNLASTING)
+        lasting = (size for name, size in sizes.items() if lasts(name))
         return _Measured(len(plan), seconds, shard, sum(lasting) - shard)
 
 

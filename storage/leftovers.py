@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import UserError
-from .store_paths import UNLASTING, StorePath
+from .store_paths import StorePath, lasts
 
 _LEFTOVER = re.compile(r"\.(.*)\.[0-9a-f]{32}\.tmp", re.DOTALL)
 _LEFTOVER_SECONDS = 3600
@@ -33,11 +33,11 @@ def sweep(path: StorePath, names: Collection[str]) -> None:
         names: Its objects and records, relative to it.
     """
     if isinstance(path, Path):
-        sweep_folder(path, [name for name in names if name.partition("/")[0] not in UNLASTING])
+        sweep_folder(path, list(filter(lasts, names)))
         return
     # Only space is at stake, and listing uploads is a right of its own.
     with contextlib.suppress(UserError, OSError):
-        path.end_uploads(lambda name: name in names or name.partition("/")[0] in UNLASTING)
+        path.end_uploads(lambda name: name in names or not lasts(name))
 
 
 def sweep_folder(path: Path, standing: Collection[str] = ()) -> None:

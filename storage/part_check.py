@@ -26,7 +26,7 @@ from .part_records import (
     same_store,
 )
 from .part_writer import uncommit
-from .store_paths import UNLASTING, StorePath, sizes_below
+from .store_paths import StorePath, lasts, sizes_below
 
 _COMMIT = re.compile(r"\d{5}\.json")
 
@@ -232,9 +232,7 @@ def foreign_objects(path: StorePath) -> list[Fault]:
     return [
         Fault(name, "is foreign: no record of the store knows it")
         for name in sorted(sizes_below(path), key=lambda name: name.split("/"))
-        if name not in known
-        and name.partition("/")[0] not in UNLASTING
-        and not is_leftover(name.rpartition("/")[2])
+        if name not in known and lasts(name) and not is_leftover(name.rpartition("/")[2])
     ]
 
 

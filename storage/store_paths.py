@@ -9,8 +9,12 @@ from .remote_path import RemotePath
 StorePath = Path | RemotePath
 """Where a part store may lie: a folder, or a URL."""
 
-UNLASTING = frozenset(("runs", "cache"))
-"""Folders of a store that are no part of what it is."""
+_UNLASTING = frozenset(("runs", "cache"))
+
+
+def lasts(name: str) -> bool:
+    """Whether what has this name, relative to its store, is part of what the store is."""
+    return name.partition("/")[0] not in _UNLASTING
 
 
 def store_path(place: str | Path) -> StorePath:

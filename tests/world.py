@@ -5,7 +5,7 @@ from pathlib import Path
 
 from semmae.stages.learn_parts import LearnPartsOptions
 from semmae.stages.pretrain import PretrainOptions
-from semmae.storage.store_paths import StorePath, sizes_below
+from semmae.storage.store_paths import StorePath, lasts, sizes_below
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,7 @@ class World:
 
 def lasting_bytes(store: StorePath) -> dict[str, bytes]:
     """Every file of a store but those that differ from run to run."""
-    return {
-        name: (store / name).read_bytes()
-        for name in sorted(sizes_below(store))
-        if name.split("/")[0] not in ("runs", "cache")
-    }
+    return {name: (store / name).read_bytes() for name in sorted(filter(lasts, sizes_below(store)))}
 
 
 def pretrain_options(world: World, output: Path, **changes: object) -> PretrainOptions:
