@@ -8,25 +8,25 @@ import io
 import itertools
 import os
 import stat
-import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DamageError, UnreadableError, UserError
-from .files import atomic_file
+from .files import atomic_file, file_crc32
 from .store_paths import StorePath
 
 CHECKED_BYTES = 1 << 30
 """Files up to this size, ImageNet's among them, are compared with their CRC-32 before they are
 mapped, in a fraction of a second; larger ones would be read whole for it at each start."""
 
-_CRC32 = struct.Struct("<I")
+_RESIDUE = 0x2144DF1C
+"""CRC-32 of any bytes that end with the CRC-32 of those before, lowest byte first."""
 
 Blocks = Callable[[], Iterable[NDArray[Any]]]
 
@@ -78,25 +78,12 @@ def _private_folder() -> Path:
 def _kept(place: Path, shape: tuple[int, ...], dtype: str) -> NDArray[Any] | None:
     """The array of a file; None if it is absent, altered or of no use."""
     try:
-        with place.open("rb") as file:
-            size = place.stat().st_size - _CRC32.size
-            file.seek(size)
-            (crc32,) = _CRC32.unpack(file.read())
-            if size <= CHECKED_BYTES and crc32 != _crc32_of(file, size):
-                return None
+        if place.stat().st_size <= CHECKED_BYTES and file_crc32(place) != _RESIDUE:
+            return None
         values: NDArray[Any] = np.load(place, mmap_mode="r")
-    except (OSError, ValueError, EOFError, struct.error):
+    except (OSError, ValueError, EOFError):
         return None
     return values if values.shape == shape and values.dtype == dtype else None
-
-
-def _crc32_of(file: BinaryIO, size: int) -> int:
-    """CRC-32 of the first bytes of a file."""
-    crc32, left = 0, size
-    file.seek(0)
-    while left and (block := file.read(min(left, 1 << 20))):
-        crc32, left = zlib.crc32(block, crc32), left - len(block)
-    return crc32
 
 
 def _made(place: Path, shape: tuple[int, ...], dtype: str, blocks: Blocks) -> NDArray[Any]:
@@ -109,7 +96,7 @@ def _made(place: Path, shape: tuple[int, ...], dtype: str, blocks: Blocks) -> ND
         for data in itertools.chain((header.getvalue(),), (block.tobytes() for block in blocks())):
             crc32 = zlib.crc32(data, crc32)
             file.write(data)
-        file.write(_CRC32.pack(crc32))
+        file.write(crc32.to_bytes(4, "little"))
     values = _kept(place, shape, dtype)
     if values is None:
         raise DamageError(f"the cache {place} cannot be read back; remove it and try again")
