@@ -51,3 +51,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError)
         and (type(error).__name__ == "OutOfMemoryError" or any(word in told for word in _FULL))
     )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, the kind of the error where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

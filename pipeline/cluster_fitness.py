@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import __version__
-from ..errors import MismatchError, MissingError, SettingError
+from ..errors import MismatchError, MissingError, SettingError, first_line
 
 ANSWER_SECONDS = 5.0
 """Seconds that a cluster has to take a connection; Ray itself would wait for minutes."""
@@ -71,7 +71,7 @@ def joining_refusal(address: str, error: BaseException) -> SettingError:
             "nodes, or start Ray here with `ray start --address` first"
         )
     return SettingError(
-        f"{start}no Ray cluster can be joined there ({str(error).splitlines()[0]}); expected "
+        f"{start}no Ray cluster can be joined there ({first_line(error)}); expected "
         "host:port of `ray start --head`"
     )
 

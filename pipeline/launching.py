@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from ..errors import SettingError, UserError
+from ..errors import SettingError, UserError, first_line
 from . import ranks
 from .memory_faults import memory_faults
 from .options import TrainingOptions, choose_device
@@ -129,7 +129,7 @@ def _met() -> tuple[Store, int, int]:
         ) from error
     except dist.DistError as error:
         raise SettingError(
-            f"the processes of the run did not meet ({told}: {str(error).splitlines()[0]}): "
+            f"the processes of the run did not meet ({told}: {first_line(error)}): "
             "expected an address of process 0 that all reach, a port that is free there, and "
             f"{ranks.asked()} processes; take another MASTER_PORT, or start the command by torchrun"
         ) from error

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ..errors import DamageError, MissingError, SettingError, UserError
+from ..errors import DamageError, MissingError, SettingError, UserError, first_line
 from .archives import ArchiveIndex, require_classes
 from .data_root import DataRoot
 from .single_flight import SingleFlight
@@ -92,9 +92,8 @@ def _opened(root: DataRoot, path: str) -> Iterator[pq.ParquetFile]:
             f"{place} cannot be opened: {error.strerror or 'no such file'}"
         ) from error
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
         raise DamageError(
-            f"{place} is not a sound Parquet file: fetch or write it again ({reason})"
+            f"{place} is not a sound Parquet file: fetch or write it again ({first_line(error)})"
         ) from error
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import SettingError, UserError
+from ..errors import SettingError, UserError, first_line
 from .cluster_fitness import joining_refusal, node_report, refuse_address, refuse_unfit
 from .placement import Placement, Share, refuse_crowd, room_for, share_of
 
@@ -137,10 +137,9 @@ class RayCluster:
                     ray.init(address=address, **quiet)
         except Exception as error:
             if address is None:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UserError(
-                    f"Ray cannot be started on this machine ({reason}): see whether its memory, "
-                    "/dev/shm and the folder of temporary files have room, or work without "
+                    f"Ray cannot be started on this machine ({first_line(error)}): see whether its "
+                    "memory, /dev/shm and the folder of temporary files have room, or work without "
                     "--workers"
                 ) from error
             raise joining_refusal(address, error) from error

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import SettingError, UserError
+from ..errors import SettingError, UserError, first_line
 from ..storage.checkpoints import checkpoints
 from .cluster import joined
 from .launching import only_first_speaks
@@ -104,7 +104,7 @@ def _once(work: Callable[[], str], workers: int, on_gpus: bool, notes: Path) -> 
                 raise failure from None
         raise _WorkerLostError(_told(failures)) from error
     except ray.exceptions.RayError as error:  # what watches over the workers was lost itself
-        raise _WorkerLostError(str(error).strip().partition("\n")[0]) from error
+        raise _WorkerLostError(first_line(error)) from error
 
 
 def _told(failures: Any) -> str:

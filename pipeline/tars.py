@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ..errors import DamageError, MissingError, SettingError, UserError
+from ..errors import DamageError, MissingError, SettingError, UserError, first_line
 from .archives import ArchiveIndex, require_classes
 from .data_root import DataRoot, ending_of
 from .image_folders import IMAGE_EXTENSIONS
@@ -123,7 +123,7 @@ def _files_of(file: BinaryIO, place: str) -> Iterator[_Member]:
             end = archive.offset
     except tarfile.TarError as error:
         raise DamageError(
-            f"{place} is no sound tar: fetch or write it again ({str(error).splitlines()[0]})"
+            f"{place} is no sound tar: fetch or write it again ({first_line(error)})"
         ) from error
     file.seek(end)
     if file.read(_BLOCK) != bytes(_BLOCK):  # tarfile takes any rubbish for the end

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..errors import UserError, ran_out_of_memory
+from ..errors import UserError, first_line, ran_out_of_memory
 from ..pipeline.shard_worker import WorkerLostError
 
 _FAILED = (
@@ -45,8 +45,7 @@ def device_faults(device: torch.device, way_out: str) -> Iterator[None]:
             raise UserError(f"the memory of {device} ran out: {way_out}") from error
         if isinstance(error, _CLASSES) or any(word in told for word in _FAILED):
             # The lines below the first are advice to programmers.
-            first = (told.strip() or type(error).__name__).splitlines()[0]
             raise WorkerLostError(
-                f"{device} failed ({first}): see to the GPU and its driver"
+                f"{device} failed ({first_line(error)}): see to the GPU and its driver"
             ) from error
         raise
