@@ -6,6 +6,7 @@ alone; patience with failures, and telling a bad image from storage that is gone
 
 import io
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from functools import partial
@@ -227,9 +228,8 @@ class LocalRoot(DataRoot):
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _status(self, path: str) -> Status:
-        place = Path(self.root, path)
-        found = place.stat()
-        kind: Literal["file", "folder"] = "folder" if place.is_dir() else "file"
+        found = Path(self.root, path).stat()
+        kind: Literal["file", "folder"] = "folder" if stat.S_ISDIR(found.st_mode) else "file"
         return Status(kind, found.st_size, str(found.st_mtime_ns))
 
     def _lost_above(self, path: str) -> str | None:

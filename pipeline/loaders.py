@@ -210,11 +210,10 @@ class PretrainingData(_ImageData):
                 parts=self.parts,
             )
         )
-        if (maps is None or maps.dtype != np.uint8) and self._own_parts is not None:
-            maps = self._cropped_maps(self._own_parts, crops)
-        if maps is None or maps.dtype != np.uint8:
-            return mask, None
-        return mask, np.ascontiguousarray(maps.reshape(mask.shape))
+        parts = maps if maps is not None and maps.dtype == np.uint8 else None
+        if parts is None and self._own_parts is not None:
+            parts = self._cropped_maps(self._own_parts, crops)
+        return mask, None if parts is None else np.ascontiguousarray(parts.reshape(mask.shape))
 
     def _cropped_maps(self, maps: PartMaps, crops: _Crops) -> NDArray[Any]:
         found = maps.of(crops.positions)

@@ -222,12 +222,12 @@ def damage_of(path: StorePath, description: Mapping[str, int]) -> str | None:
     try:
         if isinstance(path, RemotePath) and wanted <= BLOCK:
             found = describe(path.read_bytes())  # one request, where the size would be another
-        elif not isinstance(path, RemotePath) and path.is_dir():
-            return "is a folder"
         else:
             size = path.stat().st_size
             found = {"size": size, "crc32": file_crc32(path) if size == wanted else 0}
         if found["size"] != wanted:
+            if isinstance(path, Path) and path.is_dir():
+                return "is a folder"
             return f"has {found['size']} bytes in place of {wanted}"
         return None if found["crc32"] == description["crc32"] else "has a wrong checksum"
     except (FileNotFoundError, NotADirectoryError):

@@ -127,9 +127,8 @@ def write_image_cache(
             written = writer.description
     except UserError as error:
         # A run that completed the same store meanwhile swept the temporary file of what stands.
-        if written is None or not isinstance(error.__cause__, FileNotFoundError):
-            raise
-        if damage_of(place, written):
+        swept = isinstance(error.__cause__, FileNotFoundError)
+        if not swept or written is None or damage_of(place, written):
             raise
 
 

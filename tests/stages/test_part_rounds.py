@@ -13,7 +13,7 @@ from semmae.models.parts import PartArchitecture, PartLearner
 from semmae.models.predictors import PartPredictor
 from semmae.pipeline.image_source import ImageSource
 from semmae.pipeline.sources import list_images
-from semmae.pipeline.views import meeting_places
+from semmae.pipeline.views import meeting_places, whole_frames
 from semmae.stages.part_rounds import Looks, learn_parts_again, lessons_of, sample_looks
 from semmae.tests.stages.colours import Colours
 
@@ -92,7 +92,7 @@ def test_lessons_of__a_learner_taught_by_crops_is_asked_in_them_too(tmp_path: Pa
     *_, wholes = lessons_of(Taught(), looks, CPU)
     shown = torch.zeros(40, 64, dtype=torch.bool)
     for view in looks.crops:
-        shown |= meeting_places(torch.eye(2, 3).expand(40, -1, -1), view.frame, GRID)[1]
+        shown |= meeting_places(whole_frames(view.frame), view.frame, GRID)[1]
     colour = looks.wholes.patches.float()
     sure = colour.max(dim=2).values > 0.95 * colour.sum(dim=2)
     right = wholes.targets == (colour.argmax(dim=2) - 1) % 3

@@ -1,6 +1,5 @@
 import dataclasses
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -53,7 +52,7 @@ def test_pretrain__writes_checkpoint_log_and_pictures(world: World, tmp_path: Pa
     state = load_checkpoint(path)
     assert state["kind"] == "pretraining"
     assert state["samples_seen"] == 2 * 64
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = lines_of(tmp_path)
     assert [line["epoch"] for line in lines] == [1, 2]
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
@@ -82,7 +81,7 @@ PART_SIZE = "loss_by_part_size"
 
 def losses_told(run: Path, name: str) -> list[dict[str, float]]:
     """Losses by a share at each point of the logs, by the range of the share."""
-    points = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    points = lines_of(run, "steps.jsonl")
     return [
         {key.partition("/")[2]: value for key, value in point.items() if key.startswith(f"{name}/")}
         for point in points
@@ -258,7 +257,7 @@ def test_pretrain__goes_on_with_the_same_masks_or_not_at_all(
 def test_pretrain__alpha_by_epoch_is_the_same_all_through_it(world: World, tmp_path: Path) -> None:
     settings = {"masking": "semantic", "parts": world.store, "alpha_by": "epoch", "epochs": 2}
     pretrain(pretrain_options(world, tmp_path, **settings))
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = lines_of(tmp_path)
     assert [line["alpha"] for line in lines] == [0.25, 1.0]
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
 
