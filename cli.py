@@ -613,6 +613,8 @@ def _show_masks(options: "ShowMasksOptions") -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 1, never a traceback."""
+    # Arrow's own allocators keep most of what is freed, so that memory grows with the plan.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     try:
         app()
     except UserError as error:

@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -38,6 +37,7 @@ import torch
 from semmae.benchmarks.intervals import interval
 from semmae.pipeline.cluster import open_workers
 from semmae.pipeline.image_loading import LoadedImage, load_image
+from semmae.pipeline.memory import peak_resident
 from semmae.pipeline.placement import Placement
 from semmae.pipeline.shard_worker import OneBehind, Record
 from semmae.pipeline.sources import ImageReader, list_images
@@ -311,41 +311,23 @@ class FakeEncoder(ExtractionWorker):
         told: Future[Record] = Future()
 
         def tell_peak(written: Future[Record]) -> None:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            told.set_result({**written.result(), "peak": peak})
+            told.set_result({**written.result(), "peak": peak_resident()})
 
         super().__call__(shard, tell).add_done_callback(tell_peak)
         return told
-
-
-def filled(given: argparse.Namespace, work: Path) -> None:
-    """A process that fills a store with fakes; prints peak memory of driver and worker."""
-    peaks = []
-
-    def watched(settings: WorkerSettings) -> FakeEncoder:
-        return FakeEncoder(settings)
-
-    from semmae.stages import pace
-
-    committed = pace.Pace.committed
-
-    def kept(self: pace.Pace, record: Any) -> None:
-        peaks.append(record["peak"])
-        committed(self, record)
-
-    pace.Pace.committed = kept  # type: ignore[method-assign]
-    options = options_for(given, given.data, given.data.parent / "store")
-    extract_parts(replace(options, workers=1), watched)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, max(peaks))
 
 
 def memory(given: argparse.Namespace, work: Path) -> None:
     peaks = []
     for count in (10_000, 100_000):
         data = linked(given.images_folder, work / str(count), count)
-        command = [sys.executable, "-m", MODULE, "filled", str(given.learner), str(data)]
-        done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=True)
-        peaks.append([int(number) / 1e3 for number in done.stdout.split()[-2:]])
+        module = "semmae.benchmarks.extraction_memory"
+        paths = [str(path) for path in (given.learner, data, data.parent / "store")]
+        command = [sys.executable, "-m", module, *paths]
+        # As the command says before it imports Arrow, which is imported here to be watched.
+        env = {**ONE_THREAD, "ARROW_DEFAULT_MEMORY_POOL": "system"}
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+        peaks.append([int(number) / 1e6 for number in done.stdout.split()[-2:]])
     for name, (few, many) in zip(("driver", "worker"), zip(*peaks, strict=True), strict=True):
         print(
             f"peak memory of the {name}: {few:.0f} MB for 10,000 images, {many:.0f} MB for "
@@ -445,10 +427,6 @@ def main() -> None:
     inner.add_argument("--settings")
     inner.add_argument("--shards", type=int, nargs="+")
     inner.set_defaults(run=plain)
-    inner = commands.add_parser("filled")
-    inner.add_argument("learner", type=Path)
-    inner.add_argument("data", type=Path)
-    inner.set_defaults(run=filled)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="semmae-bench-") as folder:
         given.run(given, Path(folder))

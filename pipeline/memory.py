@@ -5,20 +5,24 @@ import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # a driver that counts its own memory does without
+    import torch
 
 _GIB = 2**30
 
 
-def peaks(device: torch.device) -> dict[str, float]:
+def peaks(device: "torch.device") -> dict[str, float]:
     """The most that this process held so far.
 
     Returns:
         ``host_gib``: resident; ``device_gib``: allocated by torch on a GPU, where it is one.
     """
-    found = {"host_gib": _peak_resident() / _GIB}
+    found = {"host_gib": peak_resident() / _GIB}
     if device.type == "cuda":
+        import torch
+
         found["device_gib"] = torch.cuda.max_memory_allocated(device) / _GIB
     return found
 
@@ -39,8 +43,8 @@ def of_children() -> dict[str, float]:
     return {"loader_gib": sum(sizes) * 1024 / _GIB} if sizes else {}
 
 
-def _peak_resident() -> int:
-    """Bytes."""
+def peak_resident() -> int:
+    """Bytes, the most that this process held so far."""
     with suppress(OSError, StopIteration):
         # What getrusage says may be of the process that started this one.
         return _kibibytes(Path("/proc/self/status"), "VmHWM:") * 1024

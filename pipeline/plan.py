@@ -15,9 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from .plan_rows import PLAN_SCHEMA, TABLE_ROWS, FiledRows, first_disorder
+from .plan_rows import PLAN_SCHEMA, FiledRows, first_disorder
 
 __all__ = ["PLAN_SCHEMA", "Plan", "plan_of_rows"]
+
+_SLICE_ROWS = 1 << 16
+"""Rows of a plan in memory that are looked at at once; as many as a file of a store's plan holds,
+which is so encoded without a copy."""
 
 # Part of what is hashed: a change of the layout below must change every fingerprint.
 _FINGERPRINT_LAYOUT = b"semmae plan 1"
@@ -85,7 +89,7 @@ class Plan:
         return self.rows if isinstance(self.rows, pa.Table) else pa.concat_tables(self.rows)
 
     def tables(self, columns: Sequence[str] | None = None) -> Sequence[pa.Table]:
-        """The rows in order, `TABLE_ROWS` at a time, in the memory of one such table.
+        """The rows in order, as tables of a limited length, in the memory of one of them.
 
         Args:
             columns: Those wanted; None for all.
@@ -93,7 +97,7 @@ class Plan:
         rows = self.rows if columns is None else self.rows.select(columns)
         if isinstance(rows, FiledRows):
             return rows
-        return [rows.slice(start, TABLE_ROWS) for start in range(0, len(self), TABLE_ROWS)]
+        return [rows.slice(start, _SLICE_ROWS) for start in range(0, len(self), _SLICE_ROWS)]
 
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
         """Some rows of the plan, ascending int64."""

@@ -225,9 +225,14 @@ def _room_for_files() -> Iterator[None]:
 
 
 def _in_order(run: pa.Table) -> pa.Table:
+    # Keys of plain files are their paths: held once, they are a quarter of the plan less.
+    of_files = pc.all(pc.less(run["row"], 0)).as_py()
+    whole = (run.drop_columns("key") if of_files else run).combine_chunks()
     # A listing as a rule comes in order, which is seen in a tenth of the time that sorting takes.
-    whole = run.combine_chunks()
-    return whole if first_disorder(whole) is None else whole.sort_by(_ORDER)
+    ordered = whole if first_disorder(whole) is None else whole.sort_by(_ORDER)
+    return (
+        ordered.add_column(0, _LISTED_SCHEMA.field("key"), ordered["path"]) if of_files else ordered
+    )
 
 
 def first_disorder(table: pa.Table) -> int | None:

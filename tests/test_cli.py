@@ -1,4 +1,5 @@
 import errno
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -51,6 +52,17 @@ def assert_one_sentence(outcome: Outcome, *words: str) -> None:
     assert outcome.complaint.startswith("semmae: ")
     for word in words:
         assert word in outcome.complaint
+
+
+def test_cli__arrow_gives_memory_back_unless_told_otherwise(
+    semmae: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given, wanted in ((None, "system"), ("mimalloc", "mimalloc")):
+        monkeypatch.setenv("ARROW_DEFAULT_MEMORY_POOL", given or "")
+        if given is None:
+            monkeypatch.delenv("ARROW_DEFAULT_MEMORY_POOL")
+        assert semmae("--help").code == 0
+        assert os.environ["ARROW_DEFAULT_MEMORY_POOL"] == wanted
 
 
 def test_cli__every_command_has_help(semmae: Command) -> None:

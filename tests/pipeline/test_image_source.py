@@ -14,7 +14,7 @@ from PIL import Image
 from torch.multiprocessing import get_context
 
 from semmae.errors import MissingError
-from semmae.pipeline import plan, plan_rows
+from semmae.pipeline import plan_rows
 from semmae.pipeline.data_root import LocalRoot
 from semmae.pipeline.image_source import Geometry, ImageSource, batches_in_order
 from semmae.pipeline.plan import Plan
@@ -193,7 +193,6 @@ def test_keys__come_in_the_order_that_is_asked_for(
     if filed:
         monkeypatch.setattr(plan_rows, "RUN_ROWS", 8)
         monkeypatch.setattr(plan_rows, "TABLE_ROWS", 4)
-        monkeypatch.setattr(plan, "TABLE_ROWS", 4)
     listed = folder(tmp_path / "d", 24)
     assert isinstance(listed.rows, plan_rows.FiledRows) == filed
     images = ImageSource(listed, np.arange(2, 24))

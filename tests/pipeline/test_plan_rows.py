@@ -40,8 +40,8 @@ def pieces(images: int, seed: int = 0) -> Iterator[pa.Table]:
 def short_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Runs of 16 rows, tables of 8, and a folder of temporary files of their own."""
     monkeypatch.setattr(plan_rows, "RUN_ROWS", 16)
-    for module in (plan, plan_rows):
-        monkeypatch.setattr(module, "TABLE_ROWS", 8)
+    monkeypatch.setattr(plan_rows, "TABLE_ROWS", 8)
+    monkeypatch.setattr(plan, "_SLICE_ROWS", 8)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
@@ -68,6 +68,15 @@ def test_plan__is_the_same_in_memory_and_in_a_file(images: int, short_runs: Path
     assert long.take(rows).equals(short.take(rows))
     assert long.key(9) == short.keys[9]
     assert pickle.loads(pickle.dumps(long)).table.equals(short.table)
+
+
+def test_sorted_rows__keys_of_plain_files_are_their_paths_and_held_once() -> None:
+    files = listed_rows(["b", "c", "a"], [-1] * 3, [1] * 3, [-1] * 3)
+    rows = sorted_rows([files.slice(0, 1), files.slice(1)])
+    assert isinstance(rows, pa.Table)
+    assert rows["key"].to_pylist() == rows["path"].to_pylist() == ["a", "b", "c"]
+    key, path = (rows[name].chunk(0).buffers()[2].address for name in ("key", "path"))
+    assert key == path
 
 
 def test_sorted_rows__has_no_named_file_that_a_kill_would_leave(short_runs: Path) -> None:

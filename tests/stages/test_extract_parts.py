@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from semmae.errors import DamageError, MismatchError, SettingError, UserError
-from semmae.pipeline import plan, plan_rows
+from semmae.pipeline import plan_rows
 from semmae.pipeline.image_loading import LoadedImage
 from semmae.pipeline.shard_worker import Record
 from semmae.pipeline.watching import Tell
@@ -74,8 +74,7 @@ def test_extract_parts__of_a_plan_in_a_file_is_that_of_one_in_memory(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_rows, "RUN_ROWS", 20)
-    for place in (plan, plan_rows):
-        monkeypatch.setattr(place, "TABLE_ROWS", 8)
+    monkeypatch.setattr(plan_rows, "TABLE_ROWS", 8)
     options = options_for(world, tmp_path / "store")
     forecast = forecast_extraction(options)
     assert forecast["images"].startswith("72, ")
