@@ -58,6 +58,17 @@ class ImageSource:
         """Class of each chosen image, -1 where there is none; int64 (N,)."""
         return self.plan.labels[self.rows]
 
+    def digests(self) -> NDArray[np.uint64]:
+        """A hash of key, bytes and label of each chosen image, (N,)."""
+        from pandas.util import hash_pandas_object
+
+        columns = ["key", "bytes", "label"]
+        hashes = [
+            hash_pandas_object(table.to_pandas(), index=False).to_numpy()
+            for table in self.plan.tables(columns)
+        ]
+        return np.concatenate([np.empty(0, np.uint64), *hashes])[self.rows]
+
     def keys(self, positions: NDArray[np.int64]) -> list[str]:
         """The keys of some images, in any order."""
         rows, places = np.unique(self.rows[positions], return_inverse=True)  # a plan's: ascending

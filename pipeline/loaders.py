@@ -86,6 +86,10 @@ class _ImageData:
         """Load what forked workers should share."""
         self._images.warm()
 
+    def digests(self) -> NDArray[np.uint64]:
+        """Of the images, as `ImageSource.digests`."""
+        return self._images.digests()
+
     def names(self, positions: NDArray[np.int64]) -> list[str]:
         """Keys of the images that are drawn there; a bad one's neighbour is not named."""
         return self._images.keys(positions)

@@ -10,6 +10,7 @@ from ..storage.checkpoints import checkpoints, load_checkpoint
 from ..storage.files import read_json, write_json
 from .feeding import sources_of
 from .options import TrainingOptions, plain_options, refuse_difference, settled
+from .run_images import changed_images
 from .tasks import Task
 
 
@@ -62,10 +63,11 @@ def state_to_resume(task: Task, options: TrainingOptions) -> dict[str, Any] | No
         if was.get(name) != now.get(name)
     ]
     if differing:
+        by_image = changed_images(options.output, task.data)
         raise MismatchError(
             f"the run in {options.output} was started on other data: {'; '.join(differing)} "
-            f"({state['images']} images then, {len(task.data)} now); restore what changed or "
-            "choose another --output"
+            f"({state['images']} images then, {len(task.data)} now{by_image and f': {by_image}'}); "
+            "restore what changed or choose another --output"
         )
     return state
 

@@ -40,6 +40,7 @@ from .resuming import (
     state_to_resume,
     write_options,
 )
+from .run_images import keep_images
 from .runs import Meter, Run
 from .schedule import BatchSampler, Schedule
 from .tasks import Task
@@ -97,6 +98,7 @@ def fit(task: Task, options: TrainingOptions) -> Path:
         folder, boards = options.output, []
         if ranks.rank() == 0:
             write_options(task, options)
+            keep_images(folder, task.data)
             task.begin(folder)
             boards = wandb_boards(task, options)
         else:  # the logs of other processes are the first one's once more

@@ -342,6 +342,24 @@ def test_pretrain__says_which_of_images_and_part_store_changed(
         pretrain(dataclasses.replace(options, data=changed, parts=None))
 
 
+def test_pretrain__names_the_images_that_changed(world: World, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(world.data, images)
+    options = pretrain_options(world, tmp_path / "run", data=str(images))
+    pretrain(options)
+    keys = list_images(images, "train").keys.tolist()
+    (images / keys[3]).unlink()
+    (images / keys[7]).write_bytes((images / keys[7]).read_bytes() + b"!")
+    shutil.copy(images / keys[0], images / keys[0].replace(".png", "x.png"))
+    added = keys[0].replace(".png", "x.png")
+    said = rf"\(72 images then, 72 now: 2 new or changed, such as {added}, {keys[7]}; 2 of before"
+    with pytest.raises(MismatchError, match=said):
+        pretrain(options)
+    (tmp_path / "run" / "images.npy").write_bytes(b"")
+    with pytest.raises(MismatchError, match=r"\(72 images then, 72 now\); restore"):
+        pretrain(options)
+
+
 def test_pretrain__killed_and_gone_on_with_is_the_same_to_the_bit(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
