@@ -36,21 +36,21 @@ class Digested(Protocol):
 
 
 def keep_images(folder: Path, data: object) -> None:
-    """Write ``RUN/images.npy``, uint64 (N,), unless it stands or the data have no digests.
+    """Write ``RUN/images.npy``, uint64 (N,), where the data have digests.
 
     Args:
-        folder: Of the run.
+        folder: Of a run that begins; one that was killed before its first checkpoint may have left
+            the file of other data there.
         data: What it trains on.
 
     Raises:
         UserError: The file cannot be written.
     """
-    place = folder / _FILE
-    if not isinstance(data, Digested) or len(data) > MOST or place.exists():
+    if not isinstance(data, Digested) or len(data) > MOST:
         return
     made = io.BytesIO()
     np.save(made, data.digests())
-    write_atomically(place, made.getvalue())
+    write_atomically(folder / _FILE, made.getvalue())
 
 
 def changed_images(folder: Path, data: object) -> str:

@@ -98,7 +98,8 @@ def fit(task: Task, options: TrainingOptions) -> Path:
         folder, boards = options.output, []
         if ranks.rank() == 0:
             write_options(task, options)
-            keep_images(folder, task.data)
+            if state is None:
+                keep_images(folder, task.data)
             task.begin(folder)
             boards = wandb_boards(task, options)
         else:  # the logs of other processes are the first one's once more

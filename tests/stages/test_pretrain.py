@@ -355,6 +355,13 @@ def test_pretrain__names_the_images_that_changed(world: World, tmp_path: Path) -
     said = rf"\(72 images then, 72 now: 2 new or changed, such as {added}, {keys[7]}; 2 of before"
     with pytest.raises(MismatchError, match=said):
         pretrain(options)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if killed before the first one
+    pretrain(options)
+    (images / added).unlink()
+    with pytest.raises(MismatchError, match=r"\(72 images then, 71 now: 1 of before gone"):
+        pretrain(options)
+    shutil.copy(images / keys[0], images / added)
+    (images / keys[7]).write_bytes(b"!")
     (tmp_path / "run" / "images.npy").write_bytes(b"")
     with pytest.raises(MismatchError, match=r"\(72 images then, 72 now\); restore"):
         pretrain(options)
