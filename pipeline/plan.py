@@ -15,13 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ..storage.table_streams import PLAN_FILE_ROWS
 from .plan_rows import PLAN_SCHEMA, FiledRows, first_disorder
 
 __all__ = ["PLAN_SCHEMA", "Plan", "plan_of_rows"]
-
-_SLICE_ROWS = 1 << 16
-"""Rows of a plan in memory that are looked at at once; as many as a file of a store's plan holds,
-which is so encoded without a copy."""
 
 # Part of what is hashed: a change of the layout below must change every fingerprint.
 _FINGERPRINT_LAYOUT = b"semmae plan 1"
@@ -97,7 +94,8 @@ class Plan:
         rows = self.rows if columns is None else self.rows.select(columns)
         if isinstance(rows, FiledRows):
             return rows
-        return [rows.slice(start, _SLICE_ROWS) for start in range(0, len(self), _SLICE_ROWS)]
+        starts = range(0, len(self), PLAN_FILE_ROWS)
+        return [rows.slice(start, PLAN_FILE_ROWS) for start in starts]
 
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
         """Some rows of the plan, ascending int64."""

@@ -27,13 +27,14 @@ from ..pipeline.progress import Progress
 from ..pipeline.views import meeting_places, patches_at, whole_frames
 from .part_start import started_learner
 from .predictor_learning import Lesson, learned, measure, statistics
-from .second_views import SecondView, kept_tokens, kept_view, look_again, seen_in
+from .second_views import SCALE, SecondView, kept_tokens, kept_view, look_again, seen_in
 
 if TYPE_CHECKING:
     from .learn_parts import LearnPartsOptions
 
-CROPS = 2
-"""Crops of each image."""
+CROPS = ((SCALE, 1.0), (SCALE, 0.6))
+"""Shares of the image's area in each of its crops: of two, one is small, where parts are hardest to
+tell and crops of any size are few."""
 
 LOOK_ROUNDS = 1
 """Rounds of looks (`models.looks`) at most: what they told before, the predictor has learned, and
@@ -46,7 +47,7 @@ class Looks:
 
     Attributes:
         wholes: Patch tokens in float16, on the CPU, without attention.
-        crops: `CROPS` views of each, likewise.
+        crops: Views of each, one for each of `CROPS`, likewise.
         grid: (h, w) of all of them.
         statistics: Of the whole images' tokens, as of `predictor_learning.statistics`.
     """
@@ -61,7 +62,7 @@ class Looks:
 def sample_looks(
     encoder: FrozenEncoder, images: ImageSource, size: tuple[int, int], count: int, seed: int
 ) -> Looks:
-    """Some images, and crops of them as `second_views.look_again` draws them.
+    """Some images, and `CROPS` of them as `second_views.look_again` draws them.
 
     Args:
         encoder: The frozen encoder.
@@ -71,7 +72,7 @@ def sample_looks(
         seed: Of images and crops.
     """
     chosen = drawn(len(images), count, seed)
-    wholes, *crops = (Gathered(len(chosen)) for _ in range(1 + CROPS))
+    wholes, *crops = (Gathered(len(chosen)) for _ in range(1 + len(CROPS)))
     with (
         torch.random.fork_rng(devices=[]),
         Progress("reading crops", len(chosen), "image") as progress,
@@ -80,8 +81,8 @@ def sample_looks(
         for _, read in batches_in_order(images, size, 64, "squash", chosen):
             pixels = torch.from_numpy(read).to(encoder.mean.device)
             wholes.add(*kept_tokens(encoder(pixels)).parts)
-            for made in crops:
-                made.add(*kept_view(look_again(encoder, pixels)).parts)
+            for made, scale in zip(crops, CROPS, strict=True):
+                made.add(*kept_view(look_again(encoder, pixels, scale=scale)).parts)
             progress.update(len(read))
     whole = Tokens(*wholes.parts)
     grid = (size[0] // encoder.patch_size, size[1] // encoder.patch_size)

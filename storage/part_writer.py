@@ -42,10 +42,7 @@ from .part_records import (
 from .part_shards import ShardCodec, array_metadata, array_specs, checked_array, checked_meta
 from .plan_changes import plan_changes
 from .store_paths import StorePath, remove_tree
-from .table_streams import in_lengths
-
-_PLAN_ROWS = 1 << 16
-"""Rows of the plan in one file: a worker reads the file of its shard, which lies in it whole."""
+from .table_streams import PLAN_FILE_ROWS, in_lengths
 
 
 def _differences(have: Any, want: Any, name: str = "") -> Iterator[str]:
@@ -120,7 +117,7 @@ def create_store(
 
     def sealed(described: Mapping[str, Any]) -> bytes:
         record = {"version": VERSION, **_wanted(identity, class_names)}
-        return encode_json({**record, "plan_rows": _PLAN_ROWS, "objects": described})
+        return encode_json({**record, "plan_rows": PLAN_FILE_ROWS, "objects": described})
 
     if begun and not have:
         objects = _set_up_objects(identity, tables)
@@ -149,7 +146,7 @@ def _set_up_objects(
     for name, data in array_metadata(identity).items():
         yield f"parts.zarr/{name}", data
     rows = 0
-    for number, table in enumerate(in_lengths(tables, _PLAN_ROWS)):
+    for number, table in enumerate(in_lengths(tables, PLAN_FILE_ROWS)):
         rows += table.num_rows
         yield f"plan/part-{number:05d}.parquet", encode_table(table)
     if rows != identity.images:

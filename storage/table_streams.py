@@ -8,6 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
+PLAN_FILE_ROWS = 1 << 16
+"""Rows of the plan in one file of a store: a worker reads the file of its shard, which lies in it
+whole.  A plan in memory is looked at by as many, so that a file is encoded without a copy."""
+
 
 def in_lengths(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
     """The same rows in tables of one length.

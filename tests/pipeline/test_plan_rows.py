@@ -41,7 +41,7 @@ def short_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Runs of 16 rows, tables of 8, and a folder of temporary files of their own."""
     monkeypatch.setattr(plan_rows, "RUN_ROWS", 16)
     monkeypatch.setattr(plan_rows, "TABLE_ROWS", 8)
-    monkeypatch.setattr(plan, "_SLICE_ROWS", 8)
+    monkeypatch.setattr(plan, "PLAN_FILE_ROWS", 8)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 

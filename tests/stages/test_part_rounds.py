@@ -14,7 +14,7 @@ from semmae.models.predictors import PartPredictor
 from semmae.pipeline.image_source import ImageSource
 from semmae.pipeline.sources import list_images
 from semmae.pipeline.views import meeting_places, whole_frames
-from semmae.stages.part_rounds import Looks, learn_parts_again, lessons_of, sample_looks
+from semmae.stages.part_rounds import CROPS, Looks, learn_parts_again, lessons_of, sample_looks
 from semmae.tests.stages.colours import Colours
 
 GRID, CPU = (8, 8), torch.device("cpu")
@@ -108,6 +108,14 @@ def test_sample_looks__are_the_same_again(tmp_path: Path) -> None:
     for view, again in zip(one.crops, other.crops, strict=True):
         assert torch.equal(view.tokens.patches, again.tokens.patches)
         assert torch.equal(view.frame, again.frame)
+
+
+def test_sample_looks__one_crop_of_two_is_small(tmp_path: Path) -> None:
+    for view, (least, most) in zip(sampled(source(tmp_path, 40)).crops, CROPS, strict=True):
+        share = torch.linalg.det(view.frame[:, :, :2]).abs()
+        assert least - 0.05 < share.min()
+        assert share.max() < most + 0.05
+        assert share.max() - share.min() > 0.6 * (most - least)
 
 
 def test_learn_parts_again__tells_the_parts_and_goes_on_from_there(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def test_plan_table__gives_the_rows_asked_for(
     example: "Example", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int, stop: int
 ) -> None:
-    monkeypatch.setattr(part_writer, "_PLAN_ROWS", 10)
+    monkeypatch.setattr(part_writer, "PLAN_FILE_ROWS", 10)
     create_store(tmp_path, example.identity, example.plan, example.names)
     plan, identity = read_set_up(tmp_path)
     assert identity.to_record() == example.identity.to_record()
@@ -29,7 +29,7 @@ def test_plan_table__gives_the_rows_asked_for(
 def test_plan_table__reads_only_the_files_that_hold_the_rows(
     example: "Example", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(part_writer, "_PLAN_ROWS", 8)
+    monkeypatch.setattr(part_writer, "PLAN_FILE_ROWS", 8)
     create_store(tmp_path, example.identity, example.plan, example.names)
     for number in (0, 1, 3, 4, 5):
         (tmp_path / f"plan/part-{number:05d}.parquet").unlink()

@@ -170,7 +170,7 @@ def test_create_store__leaves_a_foreign_folder_alone(
 def test_create_store__long_plan_is_cut_into_files(
     example: "Example", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(part_writer, "_PLAN_ROWS", 10)
+    monkeypatch.setattr(part_writer, "PLAN_FILE_ROWS", 10)
     example.fill(tmp_path)
     complete_store(tmp_path)
     assert len(list((tmp_path / "plan").iterdir())) == 5
@@ -238,7 +238,7 @@ def test_write_shard__full_disk_is_a_clear_error(
 def test_create_store__takes_the_plan_in_tables_of_any_length(
     example: "Example", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(part_writer, "_PLAN_ROWS", 10)
+    monkeypatch.setattr(part_writer, "PLAN_FILE_ROWS", 10)
     create_store(tmp_path / "whole", example.identity, example.plan)
     whole = example.digests(tmp_path / "whole")
     for rows in (3, 10, 42, 50):
