@@ -14,6 +14,19 @@ from ..errors import MismatchError, MissingError, SettingError, first_line
 ANSWER_SECONDS = 5.0
 """Seconds that a cluster has to take a connection; Ray itself would wait for minutes."""
 
+MAKE_BYTES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "pillow",
+    "simplejpeg",
+    "numpy",
+    "pyarrow",
+    "zarr",
+    "numcodecs",
+)
+"""Packages whose version may change the bytes of a store."""
+
 _GUIDE = "docs/cluster.md says what must be installed where"
 
 
@@ -84,6 +97,7 @@ def node_report(paths: Sequence[str]) -> Callable[[], dict[str, Any]]:
     Args:
         paths: Absolute paths that must be there.
     """
+    packages = MAKE_BYTES
 
     def report() -> dict[str, Any]:
         import importlib
@@ -104,16 +118,19 @@ def node_report(paths: Sequence[str]) -> Callable[[], dict[str, Any]]:
             semmae = importlib.import_module("semmae").__version__
         except ImportError:
             semmae = None
-        try:
-            torch = importlib.metadata.version("torch")
-        except importlib.metadata.PackageNotFoundError:
-            torch = None
+
+        def version(package: str) -> str | None:
+            try:
+                # Builds for other devices compute alike.
+                return importlib.metadata.version(package).partition("+")[0]
+            except importlib.metadata.PackageNotFoundError:
+                return None
+
         return {
             "host": socket.gethostname(),
             "python": sys.executable,
             "semmae": semmae,
-            # Builds for other devices compute alike.
-            "torch": torch and torch.partition("+")[0],
+            **{package: version(package) for package in packages},
             "missing": [path for path in paths if not seen(path)],
         }
 
@@ -128,7 +145,7 @@ def refuse_unfit(reports: Sequence[Mapping[str, Any]]) -> None:
 
     Raises:
         MissingError: semmae is not installed on a node, or a path cannot be seen from it.
-        MismatchError: A node has another version of semmae or torch.
+        MismatchError: A node has another version of semmae, or of one of `MAKE_BYTES`.
     """
     without = [f"{found['host']} ({found['python']})" for found in reports if not found["semmae"]]
     if without:
@@ -137,7 +154,7 @@ def refuse_unfit(reports: Sequence[Mapping[str, Any]]) -> None:
             f"Python on every node; {_GUIDE}"
         )
     here = node_report([])()
-    for name in ("semmae", "torch"):
+    for name in ("semmae", *MAKE_BYTES):
         other = [
             f"{found[name]} on {found['host']}" for found in reports if found[name] != here[name]
         ]

@@ -10,6 +10,9 @@ from tqdm import tqdm
 PLAIN_SECONDS = 10.0
 """Seconds between two plain lines where standard error is no terminal."""
 
+NOTE_SECONDS = 60.0
+"""Seconds between two notes above the bar on a terminal."""
+
 
 class Progress:
     """Counts units of work done and shows them; use as a context manager.
@@ -47,8 +50,11 @@ class Progress:
         self.update(done - self._done, **figures)
 
     def note(self, text: str) -> None:
-        """Say more at the end of plain lines from now on; a terminal has no room for it."""
-        self._note = f"; {text}" if text else ""
+        """Say more at the end of plain lines from now on; on a terminal, above the bar at times."""
+        self._note = text
+        if not self._plain and text and time.monotonic() - self._said >= NOTE_SECONDS:
+            self._said = time.monotonic()
+            self._bar.write(f"{self._description}: {text}", file=sys.stderr)
 
     def update(self, count: int = 1, **figures: float | str) -> None:
         """Say that ``count`` more units are done; ``figures`` are shown beside."""
@@ -66,9 +72,10 @@ class Progress:
         rate = (self._done - self._first) / max(self._said - self._start, 1e-9)
         left = (self._total - self._done) / rate if rate > 0 else 0.0
         figures = f", {self._figures}" if self._figures else ""
+        note = f"; {self._note}" if self._note else ""
         print(
             f"{self._description}: {self._done}/{self._total} {self._unit}s, "
-            f"{rate:.3g} {self._unit}s/s, {left:.0f} s left{figures}{self._note}",
+            f"{rate:.3g} {self._unit}s/s, {left:.0f} s left{figures}{note}",
             file=sys.stderr,
             flush=True,
         )

@@ -141,7 +141,7 @@ class ImageReader:
     No file stays open and each process has its own connections, so a reader works in forked
     processes; pickled, it takes the plan alone along.  Reads that fail are tried again (`retries`):
     what is told of an image is of the image, never of the weather.
-     Parquet images whose sum is within the limit are loaded file by file on first use and
+    Parquet images whose sum is within the limit are loaded file by file on first use and
     kept; call `warm` before forking, and all workers share them.  Larger sets are read a row group
     at a time with the last two kept: quick in plan order, slow in random order (a whole row group
     an image), for which an image cache is made.
@@ -149,9 +149,12 @@ class ImageReader:
     Args:
         plan: What to read.
         in_memory_limit: Bytes of encoded images up to which Parquet is kept in memory.
+        parquet: What reads Parquet below the plan's root, with what it keeps; None for a new one.
     """
 
-    def __init__(self, plan: Plan, in_memory_limit: int = 2 << 30) -> None:
+    def __init__(
+        self, plan: Plan, in_memory_limit: int = 2 << 30, parquet: ParquetImages | None = None
+    ) -> None:
         self.plan = plan
         self._limit = in_memory_limit
         # Only what reading needs: a long plan stays in its file.
@@ -163,7 +166,7 @@ class ImageReader:
         self._in_parquet = (self._rows >= 0) & (self._offsets < 0)
         self._in_memory = int(self._sizes[self._in_parquet].sum()) <= in_memory_limit
         self._root = open_root(plan.root)
-        self._parquet = ParquetImages(self._root, self._in_memory)
+        self._parquet = parquet or ParquetImages(self._root, self._in_memory)
 
     def __len__(self) -> int:
         return len(self.plan)

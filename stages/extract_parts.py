@@ -205,7 +205,8 @@ def batch_size_of(options: ExtractPartsOptions, workers: Workers) -> int:
     def measured() -> int:
         from .extraction_identity import fastest_batch_size
 
-        return fastest_batch_size(options.learner, device, options.precision)
+        sharing = options.workers_per_gpu if options.workers else 1
+        return fastest_batch_size(options.learner, device, options.precision, sharing)
 
     size: int = workers.once(measured)
     print(f"batches of {size} images", file=sys.stderr)

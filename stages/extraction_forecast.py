@@ -64,8 +64,10 @@ def forecast_extraction(options: ExtractPartsOptions) -> dict[str, Any]:
         work = functools.partial(_try_out, settings, identity, samples)
         cost: _Cost = work() if options.address is None else workers.once(work)
     count, wanted = max(options.workers, 1), int(left.sum())
+    shards = int(left[:: identity.shard_size].sum())  # all of a shard is left, or nothing
     taken = 0 if known is None else int(known.sum())
     seconds = (wanted - taken) * cost.encoded_seconds + taken * cost.taken_seconds
+    together = seconds_together(seconds, shards, count)
     size = len(plan) * cost.image_bytes + identity.shards * cost.shard_bytes + cost.store_bytes
     return {
         "images": f"{len(plan)}, {plan.total_bytes / 1e9:.2f} GB encoded",
@@ -77,9 +79,14 @@ def forecast_extraction(options: ExtractPartsOptions) -> dict[str, Any]:
         "batches": f"{identity.batch_size} images, {options.precision}",
         "workers": f"{count} on {identity.device_type}",
         "rate of a worker": cost.rates,
-        "time": f"about {_duration(seconds / count)}, if all workers are as fast",
+        "time": f"about {_duration(together)}, if all workers are as fast",
         "store": f"about {size / 1e6:.1f} MB, {size / len(plan):.0f} bytes an image",
     }
+
+
+def seconds_together(seconds: float, shards: int, workers: int) -> float:
+    """What shards take that one worker does in so many seconds: each is done whole, by one."""
+    return -(-shards // workers) * seconds / max(shards, 1)
 
 
 def _taken_over(old: PartStore, left: int, taken: int) -> dict[str, str]:

@@ -4,16 +4,16 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from ..errors import ran_out_of_memory
 from ..pipeline.cached_images import RECIPES
 from ..pipeline.options import choose_device
 from ..storage.part_identity import StoreIdentity, shard_size_for
 from .extract_parts import ExtractPartsOptions
 from .extraction_worker import AUTOCAST
-from .networks import open_learner
+from .networks import TrainedLearner, open_learner
 
 MOST_BATCH = 1024
 """Largest batch that ``--batch-size auto`` tries."""
@@ -70,7 +70,7 @@ def identity_of(
     )
 
 
-def fastest_batch_size(learner: Path, device: str, precision: str) -> int:
+def fastest_batch_size(learner: Path, device: str, precision: str, sharing: int = 1) -> int:
     """The smallest batch size that is about as fast as any, by trying.
 
     Sizes are doubled from 8 on, until memory runs out or the images a second grow no more by 5 %.
@@ -79,35 +79,49 @@ def fastest_batch_size(learner: Path, device: str, precision: str) -> int:
         learner: Folder of a learn-parts run.
         device: Device to try on.
         precision: ``fp32``, ``bf16`` or ``fp16``.
+        sharing: Workers that share the device, if it is a GPU, and its memory.
     """
     best, size, fastest = 1, 8, 0.0
     trained = open_learner(learner)
     place = choose_device(device)
-    encoder = trained.encoder.to(place)
+    trained.encoder.to(place)
+    trained.learner.to(place)
     half = AUTOCAST.get(precision)
+    if place.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1 / sharing, place)
     while size <= MOST_BATCH:
         try:
             images = torch.zeros(size, *trained.image_size, 3, dtype=torch.uint8, device=place)
-            rate = size / _seconds(functools.partial(encoder, images), place, half)
-        except torch.OutOfMemoryError:
+            rate = size / _seconds(functools.partial(_maps, trained, images, half), place)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
             break
         if rate < _FASTER * fastest:
             break
         best, fastest, size = size, rate, 2 * size
+    if place.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, place)
     return best
 
 
 @torch.no_grad()
-def _seconds(run: Callable[[], Any], device: torch.device, half: torch.dtype | None) -> float:
+def _maps(trained: TrainedLearner, images: torch.Tensor, half: torch.dtype | None) -> None:
+    """What a worker computes of a batch."""
+    with torch.autocast(images.device.type, dtype=half, enabled=half is not None):
+        tokens = trained.encoder(images)
+    trained.learner(tokens, trained.grid, images)
+
+
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
     """Least seconds of a call, after one that warms up."""
     least, began = float("inf"), time.perf_counter()
-    with torch.autocast(device.type, dtype=half, enabled=half is not None):
-        for _ in range(4):
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            least = min(least, time.perf_counter() - start)
-            if time.perf_counter() - began > _TIMED_SECONDS:
-                break
+    for _ in range(4):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        least = min(least, time.perf_counter() - start)
+        if time.perf_counter() - began > _TIMED_SECONDS:
+            break
     return least

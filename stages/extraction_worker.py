@@ -5,6 +5,7 @@ Legend: B images of a batch, n of a shard, H attention heads, P parts, (h, w) pa
 
 import contextlib
 import functools
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,13 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import UserError
+from ..errors import MismatchError, UserError
 from ..models.parts import part_labels
 from ..pipeline.cached_images import kept_image
 from ..pipeline.image_loading import LoadedImage, load_image
 from ..pipeline.load_clock import LoadClock
 from ..pipeline.options import choose_device
+from ..pipeline.parquet import ParquetImages
 from ..pipeline.plan import plan_of_rows
+from ..pipeline.remote import open_root
 from ..pipeline.shard_worker import Record, WorkerLostError
 from ..pipeline.sources import ImageReader
 from ..pipeline.watching import Tell
@@ -68,6 +71,7 @@ class ExtractionWorker:
         settings: The settings.
 
     Raises:
+        MismatchError: The learner is not the one that the store was begun with.
         WorkerLostError: The GPU is gone, or fails when it starts.
     """
 
@@ -87,14 +91,23 @@ class ExtractionWorker:
         # The patch embedding is a convolution, which would be of 10 bits of mantissa else.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
+        self._record, self.identity = read_set_up(settings.output)
         self._trained: TrainedLearner = open_learner(settings.learner)
+        if self._trained.hash != self.identity.learner_hash:
+            raise MismatchError(
+                f"{settings.learner} on {socket.gethostname()} is not the learner that "
+                f"{settings.output} was begun with (SHA-256 {self._trained.hash[:12]}, there "
+                f"{self.identity.learner_hash[:12]}): put the same one at that path on every node, "
+                "and leave it while the command runs"
+            )
         with device_faults(self._device, "start fewer workers a GPU, as not even the networks fit"):
             self._trained.encoder.to(self._device)
             self._trained.learner.to(self._device)
-        self._record, self.identity = read_set_up(settings.output)
         self._writer = ShardWriter(settings.output, self.identity)
         self._old = PartStore.open(settings.update) if settings.update else None
         self._pool = ThreadPoolExecutor(settings.decode_threads)
+        # Of all shards: a row group may be longer than one of them.
+        self._parquet = ParquetImages(open_root(settings.root), in_memory=False)
         self._clock = LoadClock(settings.decode_timeout)
         side, form = self.identity.image_cache_side, self.identity.image_cache
         self._keep = functools.partial(kept_image, side=side, form=form) if form else None
@@ -186,7 +199,8 @@ class ExtractionWorker:
         if self._old is not None:
             old = PreviousRows(self._old, settings.output, start, stop)
         # In plan order a row group at a time is quick, and memory does not grow with the data set.
-        return ShardImages(plan, start, ImageReader(plan, in_memory_limit=0), load, fatal, old)
+        reader = ImageReader(plan, in_memory_limit=0, parquet=self._parquet)
+        return ShardImages(plan, start, reader, load, fatal, old)
 
     @torch.no_grad()
     def _encode(self, loaded: list[LoadedImage], precision: str = "") -> dict[str, torch.Tensor]:

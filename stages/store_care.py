@@ -212,8 +212,8 @@ def _options_of(kind: type, plain: dict[str, Any], folder: Path) -> dict[str, An
         if name not in hints or name == "address":
             continue
         if value is not None and Path in (hints[name], *typing.get_args(hints[name])):
-            value = store_path(value) if "://" in value else folder / value
+            value = store_path(value) if "://" in value else folder / Path(value).expanduser()
         elif name == "data" and "://" not in value:
-            value = str(folder / value)
+            value = str(folder / Path(value).expanduser())
         values[name] = value
     return values

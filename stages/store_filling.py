@@ -1,5 +1,6 @@
 """What every command that fills a part store shares: meta rows, and the run itself."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,12 +13,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..errors import MismatchError, SettingError
+from ..errors import DamageError, MismatchError, SettingError, UnreadableError
+from ..pipeline.cluster_fitness import MAKE_BYTES
 from ..pipeline.options import plain_options
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
 from ..pipeline.watching import Watch
-from ..storage.files import NO_FILE, read_whole, write_json
+from ..storage.files import NO_FILE, read_json, read_whole, write_json
 from ..storage.part_check import bad_in_shards, complete_store, damaged_shards
 from ..storage.part_identity import META_SCHEMA, StoreIdentity
 from ..storage.part_records import decode_table, meta_name, same_store
@@ -186,6 +188,7 @@ def fill_store(
     print(f"{options.output}: {begins} {identity.shards} shards", file=sys.stderr)
     started = datetime.now(UTC)
     if todo:  # a store that is complete already may lie on a read-only disk
+        _tell_other_versions(options.output)
         _record_run(command, options, identity, started)
     finished = sum(stop - start for start, stop in map(identity.shard_range, done))
     with Progress(doing, identity.images, "image", finished) as progress:
@@ -229,6 +232,32 @@ def _sound_shards(output: StorePath) -> dict[int, int]:
     return bad_in_shards(output)
 
 
+def _versions() -> dict[str, str]:
+    """Versions of what may change the bytes of a store; builds for other devices count alike."""
+    found = {name: version(name).partition("+")[0] for name in MAKE_BYTES}
+    return {"semmae": __version__, **found}
+
+
+def _tell_other_versions(output: StorePath) -> None:
+    """Say which versions are others than those of the run before, if there was one."""
+    records: list[StorePath] = sorted((output / "runs").glob("*.json"), key=str)
+    before: dict[str, str] = {}
+    for place in records:
+        with contextlib.suppress(DamageError, UnreadableError):
+            before = read_json(place).get("versions", {})
+    others = [
+        f"{name} {now} ({before[name]} then)"
+        for name, now in _versions().items()
+        if before.get(name, now) != now
+    ]
+    if others:
+        print(
+            f"{output}: versions are others than in the run before: {', '.join(others)}; what is "
+            "still to do may differ in its last bits from what those would have written",
+            file=sys.stderr,
+        )
+
+
 def _resolved(options: FillOptions, identity: StoreIdentity) -> dict[str, str]:
     return {"batch_size": str(identity.batch_size)} if hasattr(options, "batch_size") else {}
 
@@ -251,7 +280,7 @@ def _record_run(
         "options": {**plain_options(options), **_resolved(options, identity)},
         "folder": str(Path.cwd()),
         "started": started.isoformat(),
-        "versions": {"semmae": __version__, "torch": version("torch")},
+        "versions": _versions(),
     }
     if pace is not None and complete is not None:
         record |= {

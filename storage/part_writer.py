@@ -41,7 +41,7 @@ from .part_records import (
 )
 from .part_shards import ShardCodec, array_metadata, array_specs, checked_array, checked_meta
 from .plan_changes import plan_changes
-from .store_paths import StorePath, remove_tree
+from .store_paths import StorePath, remove_tree, sizes_below
 from .table_streams import PLAN_FILE_ROWS, in_lengths
 
 
@@ -66,6 +66,11 @@ def _clear_leftovers(path: StorePath) -> None:
         entries = [entry.name for entry in (path / "plan").iterdir()]
         ours = (name.startswith((".", "part-")) for name in entries)
         foreign |= set() if all(ours) else {"plan"}
+    # A set-up writes no more there; shards come after it.
+    there = {f"parts.zarr/{name}" for name in sizes_below(path / "parts.zarr")}
+    foreign |= {
+        name for name in there if not name.rpartition("/")[2].startswith(("zarr.json", "."))
+    }
     if foreign:
         raise SettingError(
             f"{path} is not empty and is no part store (it holds {', '.join(sorted(foreign)[:5])}, "

@@ -21,11 +21,12 @@ def store_path(place: str | Path) -> StorePath:
     """The place that a text names: the one way from a setting to where a store lies.
 
     Args:
-        place: A URL, or a path.  ``file://`` is a path; a path stays as it is, relative or not.
+        place: A URL, or a path, from ``~`` on too.  ``file://`` is a path; a path stays relative if
+            it is.
     """
     text = str(place)
     if "://" not in text:
-        return Path(place)
+        return Path(place).expanduser()
     whole = whole_place(text)
     return RemotePath(whole) if is_url(whole) else Path(whole)
 

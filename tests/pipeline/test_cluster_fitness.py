@@ -116,6 +116,7 @@ def test_refuse_unfit__nodes_like_this_process_pass() -> None:
         ({"semmae": None, "python": "/py"}, MissingError, r"not installed on two \(/py\): install"),
         ({"semmae": "0.0.1"}, MismatchError, r"semmae is .* here, but 0.0.1 on two: install"),
         ({"torch": "1.0"}, MismatchError, r"torch is .* here, but 1.0 on two: install"),
+        ({"pyarrow": None}, MismatchError, r"pyarrow is .* here, but None on two: install"),
         ({"missing": ["/data"]}, MissingError, "/data cannot be seen on two: every node needs"),
     ],
 )

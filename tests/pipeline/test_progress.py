@@ -77,7 +77,10 @@ def test_progress__draws_a_bar_on_a_terminal(
     with Progress("reading", 4, "image", done=2) as progress:
         progress.note("slowest there:2")
         progress.update(2, loss=0.5)
+        monkeypatch.setattr(subject, "NOTE_SECONDS", 0.0)
+        progress.note("ms an image: read 1")
     shown = capsys.readouterr().err
     assert re.search(r"reading: 100%.*4/4.*loss 0\.5", shown)
     assert "images/s," not in shown
-    assert "slowest" not in shown
+    assert "slowest" not in shown  # the first of its kind waits as long as the next
+    assert "reading: ms an image: read 1\n" in shown

@@ -3,11 +3,14 @@ import shutil
 import zlib
 from concurrent.futures import Future
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -21,9 +24,11 @@ from semmae.stages import extract_parts as extract_parts_module
 from semmae.stages import extraction_identity as module
 from semmae.stages import store_filling
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
-from semmae.stages.extraction_forecast import forecast_extraction
+from semmae.stages.extraction_forecast import forecast_extraction, seconds_together
 from semmae.stages.extraction_worker import ExtractionWorker
+from semmae.stages.learn_parts import learn_parts
 from semmae.stages.pretrain import pretrain, pretraining_data
+from semmae.stages.worker_settings import WorkerSettings
 from semmae.storage import part_check
 from semmae.storage.part_store import PartStore
 from semmae.tests.world import World, lasting_bytes, learn_options, pretrain_options
@@ -85,6 +90,63 @@ def test_extract_parts__of_a_plan_in_a_file_is_that_of_one_in_memory(
     fingerprint = pretraining_data(settings).fingerprint
     monkeypatch.undo()
     assert pretraining_data(settings).fingerprint == fingerprint
+
+
+def test_extract_parts__another_learner_at_the_same_path_writes_nothing(
+    world: World, tmp_path: Path
+) -> None:
+    learner, other = tmp_path / "learner", tmp_path / "other"
+    shutil.copytree(world.learner, learner)
+    learn_parts(learn_options(world, other, seed=1))
+
+    def swapped(settings: WorkerSettings) -> ExtractionWorker:
+        shutil.rmtree(learner)
+        other.rename(learner)
+        return ExtractionWorker(settings)
+
+    options = options_for(world, tmp_path / "store", learner=learner)
+    with pytest.raises(MismatchError, match=r"learner on .* is not the learner that .*store was"):
+        extract_parts(options, swapped)
+    assert list((tmp_path / "store").glob("commits/*")) == []
+
+
+def test_extract_parts__a_row_group_of_many_shards_is_read_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = sorted(Path(world.data).glob("train/*/*"))
+    column = pa.array([{"bytes": image.read_bytes(), "path": image.name} for image in images])
+    pq.write_table(pa.table({"image": column}), tmp_path / "some.parquet")
+    read = pq.ParquetFile.read_row_group
+    groups = []
+
+    def counted(self: pq.ParquetFile, group: int, **how: Any) -> pa.Table:
+        groups.append(group)
+        return read(self, group, **how)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    extract_parts(options_for(world, tmp_path / "store", data=str(tmp_path / "some.parquet")))
+    assert PartStore.open(tmp_path / "store").identity.shards == 3
+    assert groups == [0]
+
+
+def test_extract_parts__other_versions_than_before_are_told(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = options_for(world, tmp_path / "store")
+    extract_parts(options)
+    (tmp_path / "store/commits/00001.json").unlink()
+    extract_parts(options)
+    assert "versions are others" not in capsys.readouterr().err
+    (tmp_path / "store/commits/00001.json").unlink()
+    monkeypatch.setattr(
+        "semmae.stages.store_filling.version",
+        lambda name: "0.1+cpu" if name == "torch" else version(name),
+    )
+    extract_parts(options)
+    assert "in the run before: torch 0.1 (2." in capsys.readouterr().err
 
 
 def test_extract_parts__every_patch_of_every_image_has_a_part(world: World) -> None:
@@ -193,8 +255,6 @@ def test_extract_parts__more_workers_than_fit_are_refused(world: World, tmp_path
 
 
 def test_extract_parts__a_part_store_of_a_single_parquet_file(world: World, tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
     images = sorted(Path(world.data, "train").rglob("*.png"))[:40]
     column = [{"bytes": image.read_bytes(), "path": image.name} for image in images]
@@ -259,7 +319,7 @@ def test_extract_parts__an_automatic_batch_size_is_kept_by_the_store(
 ) -> None:
     measured = []
 
-    def measure(learner: Path, device: str, precision: str) -> int:
+    def measure(learner: Path, device: str, precision: str, sharing: int) -> int:
         measured.append(learner)
         return 12
 
@@ -275,6 +335,26 @@ def test_extract_parts__an_automatic_batch_size_is_kept_by_the_store(
 def test_fastest_batch_size__is_one_that_the_network_takes(world: World) -> None:
     size = module.fastest_batch_size(world.learner, "cpu", "fp32")
     assert size in {8 << power for power in range(8)}
+
+
+@pytest.mark.parametrize("told", ["DefaultCPUAllocator: can't allocate memory", "full"])
+def test_fastest_batch_size__ends_where_memory_does(
+    world: World, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    calls = []
+
+    def seconds(*about: object) -> float:
+        calls.append(about)
+        if len(calls) == 3:
+            raise RuntimeError(told)
+        return 1.0
+
+    monkeypatch.setattr(module, "_seconds", seconds)
+    if told == "full":  # which says nothing of memory
+        with pytest.raises(RuntimeError, match="full"):
+            module.fastest_batch_size(world.learner, "cpu", "fp32")
+    else:
+        assert module.fastest_batch_size(world.learner, "cpu", "fp32") == 16
 
 
 @pytest.mark.parametrize("size", ["0", "-3", "many", "1.5"])
@@ -293,6 +373,17 @@ def test_forecast__says_what_there_is_and_writes_nothing(world: World, tmp_path:
     assert told["workers"] == "2 on cpu"
     assert not (tmp_path / "store").exists()
     assert forecast_extraction(options_for(world, world.store))["done already"] == 72
+
+
+def test_seconds_together__workers_take_whole_shards() -> None:
+    assert [seconds_together(70, 7, workers) for workers in (1, 2, 6, 7, 256)] == [
+        70,
+        40,
+        20,
+        10,
+        10,
+    ]
+    assert seconds_together(0, 0, 2) == 0
 
 
 def test_forecast__its_store_is_about_as_large_as_the_real_one(world: World) -> None:

@@ -157,7 +157,9 @@ def test_create_store__redoes_an_interrupted_set_up(
     assert example.digests(path) == example.digests(finished)
 
 
-@pytest.mark.parametrize("name", ["photo.jpg", "plan/notes.txt", "commits/00000.json"])
+@pytest.mark.parametrize(
+    "name", ["photo.jpg", "plan/notes.txt", "parts.zarr/labels/c/0/0", "commits/00000.json"]
+)
 def test_create_store__leaves_a_foreign_folder_alone(
     example: "Example", tmp_path: Path, name: str
 ) -> None:
