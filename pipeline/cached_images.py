@@ -125,6 +125,11 @@ class CachedImages(ImageSource):
         """Load what forked workers should share (`ImageCache.warm`)."""
         self.cache.warm()
 
+    @property
+    def slow_in_random_order(self) -> str:
+        """Nothing is: each is read by itself."""
+        return ""
+
     def decoded(self, position: int) -> Pixels:
         """One image at the size that it is kept at, uint8 (h, w, 3); it may be read-only.
 

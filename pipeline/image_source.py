@@ -79,6 +79,18 @@ class ImageSource:
         """Load what threads and forked workers should share (`ImageReader.warm`)."""
         self._reader.warm()
 
+    @property
+    def slow_in_random_order(self) -> str:
+        """Why images in random order cost much more than themselves; "" where they do not."""
+        if not self._reader.by_row_groups:
+            return ""
+        return (
+            f"{self.plan.root} holds more Parquet than is kept in memory, so each image costs the "
+            "reading of its whole row group: unpack the images into a folder or tars, or keep them "
+            "in a part store (`semmae stage1 extract-parts --cache-images 256`) and pretrain with "
+            "--images cache"
+        )
+
     def decoded(self, position: int) -> Pixels:
         """One image, uint8 (H, W, 3).
 

@@ -8,6 +8,7 @@ Legend of shapes: B images, H W pixels, g_h g_w places of a stored map, L patche
 """
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -83,8 +84,10 @@ class _ImageData:
         return self._images.fingerprint
 
     def warm(self) -> None:
-        """Load what forked workers should share."""
+        """Load what forked workers should share, and tell of images that are slow to come."""
         self._images.warm()
+        if told := self._images.slow_in_random_order:
+            print(told, file=sys.stderr)
 
     def digests(self) -> NDArray[np.uint64]:
         """Of the images, as `ImageSource.digests`."""

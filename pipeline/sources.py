@@ -186,6 +186,11 @@ class ImageReader:
             names = pc.unique(self._paths.filter(pa.array(self._in_parquet)))
             self._parquet.warm(names.to_pylist())
 
+    @property
+    def by_row_groups(self) -> bool:
+        """Whether an image in random order costs a whole row group of Parquet."""
+        return bool(self._in_parquet.any()) and not self._in_memory
+
     def read(self, index: int) -> bytes:
         """The encoded image at a position of the plan; empty where Parquet holds null.
 

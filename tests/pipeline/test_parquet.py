@@ -3,6 +3,7 @@ import pickle
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import pytest
 from PIL import Image
 
 from semmae.errors import DamageError, MissingError, SettingError
+from semmae.pipeline import image_source
 from semmae.pipeline.data_root import LocalRoot
+from semmae.pipeline.image_source import ImageSource
+from semmae.pipeline.loaders import SquashedData
 from semmae.pipeline.parquet import ParquetImages
 from semmae.pipeline.sources import ImageReader, Split, list_images
 
@@ -141,6 +145,21 @@ def test_image_reader__serves_from_memory_once_warm(parquet: tuple[Path, list[by
     for file in folder.glob("*.parquet"):
         file.unlink()
     assert read_all(reader) == images
+
+
+def test_training_data__tell_of_parquet_that_is_slow_in_random_order(
+    parquet: tuple[Path, list[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = list_images(parquet[0])
+    SquashedData(ImageSource(plan), (4, 4)).warm()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(image_source, "ImageReader", partial(ImageReader, in_memory_limit=0))
+    SquashedData(ImageSource(plan), (4, 4)).warm()
+    told = capsys.readouterr().err
+    assert told.startswith(f"{parquet[0]} holds more Parquet than is kept in memory")
+    assert "--images cache" in told
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
