@@ -64,7 +64,7 @@ class Sourced(Protocol):
 
 
 def sources_of(data: TrainingData) -> dict[str, str]:
-    """Fingerprints of what data are made of, by name."""
+    """What tells data from others, by name."""
     return data.sources if isinstance(data, Sourced) else {"images": data.fingerprint}
 
 

@@ -9,7 +9,7 @@ Legend of shapes: B images, H W pixels, g_h g_w places of a stored map, L patche
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,7 +115,8 @@ class PretrainingData(_ImageData):
         masks: Which masks to draw.
         seed: Of crops, flips, masks and what is predicted.
         crop_scale: Least and largest share of the image's area in a crop.
-        store_fingerprint: Of the store that the maps came from.
+        store: What tells the store that the maps came from from others, by name, its fingerprint
+            first; nothing without one.
         background: Channel of the background in part maps; None without one.
         predicted_share: Share of the masked patches that are predicted.
         own_parts: Part maps by position of the images, which losses are told by where the policy
@@ -139,7 +140,7 @@ class PretrainingData(_ImageData):
         masks: MaskSchedule,
         seed: int,
         crop_scale: tuple[float, float] = (0.2, 1.0),
-        store_fingerprint: str = "",
+        store: Mapping[str, str] | None = None,
         background: int | None = None,
         predicted_share: float = 1.0,
         own_parts: PartMaps | None = None,
@@ -157,7 +158,7 @@ class PretrainingData(_ImageData):
         self._masked = patches - visible_count(patches, ratio)
         self._predicted = predicted_count(patches, ratio, predicted_share)
         self._scale = crop_scale
-        self._store_fingerprint = store_fingerprint
+        self._store = dict(store or {})
 
     @property
     def fingerprint(self) -> str:
@@ -166,9 +167,8 @@ class PretrainingData(_ImageData):
 
     @property
     def sources(self) -> dict[str, str]:
-        """Of each of them."""
-        store = {"part store": self._store_fingerprint} if self._store_fingerprint else {}
-        return {"images": super().fingerprint, **store}
+        """Fingerprint of each of them, and what else tells the store."""
+        return {"images": super().fingerprint, **self._store}
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         """Crops and masks of a batch.

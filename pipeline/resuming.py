@@ -58,8 +58,8 @@ def state_to_resume(task: Task, options: TrainingOptions) -> dict[str, Any] | No
     refuse_difference(options.output, task.kind, architecture, task.architecture, options=False)
     was, now = state["data"], sources_of(task.data)
     differing = [
-        f"the {name} had fingerprint {was.get(name, 'none')[:12]}, now {now.get(name, 'none')[:12]}"
-        for name in sorted(was.keys() | now.keys())
+        f"{name} {was.get(name, 'none')[:12]} then, {now.get(name, 'none')[:12]} now"
+        for name in dict.fromkeys([*was, *now])
         if was.get(name) != now.get(name)
     ]
     if differing:

@@ -213,7 +213,7 @@ def pretraining_data(options: PretrainOptions) -> PretrainingData:
         end=options.alpha_end,
         epochs=options.epochs if options.alpha_by == "epoch" else None,
     )
-    images, maps, parts, fingerprint, background = ImageSource(plan), None, 0, "", None
+    images, maps, parts, background = ImageSource(plan), None, 0, None
     own_parts = None
     if store is not None:
         rows, places = join_store(plan, store)
@@ -228,8 +228,7 @@ def pretraining_data(options: PretrainOptions) -> PretrainingData:
             images = CachedImages(plan, rows, store, places)
         else:
             images = ImageSource(plan, rows)
-        parts, fingerprint = store.identity.parts, store.fingerprint
-        background = store.identity.background
+        parts, background = store.identity.parts, store.identity.background
         reads = POLICIES[options.masking].reads
         if reads is not None:
             maps = read_maps(store, reads, places, options.seed)
@@ -244,11 +243,23 @@ def pretraining_data(options: PretrainOptions) -> PretrainingData:
         masks=masks,
         seed=options.seed,
         crop_scale=(options.crop_scale, 1.0),
-        store_fingerprint=fingerprint,
+        store=None if store is None else _facts_of(store),
         background=background,
         predicted_share=options.predicted_share,
         own_parts=own_parts,
     )
+
+
+def _facts_of(store: PartStore) -> dict[str, str]:
+    """What tells a part store from another, in words."""
+    identity = store.identity
+    return {
+        "part store": store.fingerprint,
+        "its learner": identity.learner_hash,
+        "its parts": str(identity.parts),
+        "its grid": "{} x {}".format(*identity.grid),
+        "its precision": identity.dtype,
+    }
 
 
 def pretrain(options: PretrainOptions) -> Path:

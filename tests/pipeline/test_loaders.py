@@ -365,13 +365,13 @@ def test_pretraining_data__fingerprint_follows_images_and_store(example: Example
     prints = {
         example.data(**more).fingerprint[:12]
         for more in (
-            {"store_fingerprint": "1"},
-            {"store_fingerprint": "2"},
-            {"store_fingerprint": "1", "rows": np.arange(3)},
+            {"store": {"store": "1"}},
+            {"store": {"store": "2"}},
+            {"store": {"store": "1"}, "rows": np.arange(3)},
         )
     }
     assert len(prints) == 3
-    one, other = (example.data(store_fingerprint="1", seed=seed) for seed in (0, 1))
+    one, other = (example.data(store={"store": "1"}, seed=seed) for seed in (0, 1))
     assert one.fingerprint == other.fingerprint
 
 

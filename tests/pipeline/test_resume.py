@@ -198,7 +198,7 @@ class OtherKind(TinyTask):
             lambda: TinyTask(TinyData(images=23)),
             {},
             MismatchError,
-            r"other data: the images had fingerprint 0+, now 0+ \(22 images then, 23 now\);",
+            r"other data: images 0+ then, 0+ now \(22 images then, 23 now\);",
         ),
         (OtherKind, {}, MismatchError, r"holds a run of kind 'tiny', this is 'other'"),
         (TinyTask, {"resume": "never"}, SettingError, r"--resume auto"),

@@ -22,6 +22,7 @@ from semmae.pipeline.randomness import Purpose, streams
 from semmae.pipeline.schedule import Draw
 from semmae.pipeline.sources import list_images
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
+from semmae.stages.learn_parts import learn_parts
 from semmae.stages.pretrain import (
     ALPHA_EDGES,
     PART_SIZE_EDGES,
@@ -33,7 +34,7 @@ from semmae.storage.checkpoints import checkpoints, load_checkpoint
 from semmae.storage.part_store import PartStore
 from semmae.tests.pipeline.reads import ScalarReads
 from semmae.tests.pipeline.tiny import lines_of, log_of, same
-from semmae.tests.world import World, pretrain_options
+from semmae.tests.world import World, learn_options, pretrain_options
 
 
 @pytest.mark.parametrize("masking", POLICIES)
@@ -327,19 +328,32 @@ def test_pretrain__says_which_of_images_and_part_store_changed(
         pretrain(dataclasses.replace(options, parts=attentive_store))
     told = [PartStore.open(store).fingerprint[:12] for store in (world.store, attentive_store)]
     assert str(raised.value) == (
-        f"the run in {tmp_path / 'run'} was started on other data: the part store had fingerprint "
-        f"{told[0]}, now {told[1]} (72 images then, 72 now); restore what changed or choose "
+        f"the run in {tmp_path / 'run'} was started on other data: part store {told[0]} "
+        f"then, {told[1]} now (72 images then, 72 now); restore what changed or choose "
         "another --output"
     )
     shutil.copytree(world.data, tmp_path / "images")
     next((tmp_path / "images" / "train").rglob("*.png")).unlink()
     changed = str(tmp_path / "images")
-    with pytest.raises(MismatchError, match=r"data: the images had [^;]*\(72 images then, 71 now"):
+    with pytest.raises(
+        MismatchError, match=r"data: images \w+ then, \w+ now \(72 images then, 71 now"
+    ):
         pretrain(dataclasses.replace(options, data=changed))
     options = dataclasses.replace(options, output=tmp_path / "random", masking="random")
     pretrain(options)
-    with pytest.raises(MismatchError, match=r"the images had .*; the part store had .*, now none"):
+    with pytest.raises(MismatchError, match=r"images .*; part store \w+ then, none now"):
         pretrain(dataclasses.replace(options, data=changed, parts=None))
+
+
+def test_pretrain__says_what_differs_between_part_stores(world: World, tmp_path: Path) -> None:
+    options = pretrain_options(world, tmp_path / "run", parts=world.store, masking="semantic")
+    pretrain(options)
+    learn_parts(learn_options(world, tmp_path / "learner", seed=1))
+    other = tmp_path / "other"
+    extract_parts(ExtractPartsOptions(data=world.data, learner=tmp_path / "learner", output=other))
+    told = r"other data: part store \w+ then, \w+ now; its learner \w{12} then, \w{12} now \("
+    with pytest.raises(MismatchError, match=told):
+        pretrain(dataclasses.replace(options, parts=other))
 
 
 def test_pretrain__names_the_images_that_changed(world: World, tmp_path: Path) -> None:
