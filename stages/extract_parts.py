@@ -24,7 +24,7 @@ from ..storage.part_identity import CacheFormat, StoreIdentity
 from ..storage.part_records import read_set_up
 from ..storage.part_store import PartStore
 from ..storage.store_paths import StorePath
-from .previous_store import keep_previous, previous_rows, refuse_other_parts
+from .previous_store import PreviousStore, keep_previous, previous_rows, refuse_other_parts
 from .store_filling import fill_store
 from .worker_settings import WorkerSettings
 
@@ -62,7 +62,8 @@ class ExtractPartsOptions:
     ] = 0
     cache_format: Annotated[CacheFormat, "Of that cache: JPEG, or uint8 pixels."] = "jpeg"
     update: Annotated[
-        StorePath | None, "Earlier store: take over rows of equal key, size and CRC-32."
+        StorePath | None,
+        "Earlier store, complete or not: take over rows of equal key, size and CRC-32.",
     ] = None
 
     def __post_init__(self) -> None:
@@ -139,7 +140,7 @@ def extract_parts(
     """
     with open_workers(options.placement) as workers:
         plan = list_images(options.data, options.split)
-        old = PartStore.open(options.update) if options.update else None
+        old = PreviousStore.open(options.update) if options.update else None
         workers.refuse_hidden(worker_inputs(options, plan))
         identity = store_identity(options, plan, workers, old)
         if old is not None:
@@ -150,9 +151,10 @@ def extract_parts(
             if old is not None:
                 rows = previous_rows(old, plan)
                 keep_previous(options.output, old.fingerprint, rows)
-                known = int((rows >= 0).sum())
+                known, there = int((rows >= 0).sum()), f"{len(old.shards)} of {old.identity.shards}"
                 print(
-                    f"{known} of {len(plan)} images are known to {options.update} by name and size",
+                    f"{known} of {len(plan)} images are known to {options.update}, which has "
+                    f"{there} shards, by name and size",
                     file=sys.stderr,
                 )
             workers.refuse_hidden(on_disk(options.output.absolute() / "plan.json"))

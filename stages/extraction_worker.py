@@ -29,11 +29,11 @@ from ..pipeline.sources import ImageReader
 from ..pipeline.watching import Tell
 from ..storage.image_cache import write_image_cache
 from ..storage.part_records import plan_table, read_set_up, same_store
-from ..storage.part_store import PartStore
 from ..storage.part_tries import begin_try, take_back_try
 from .device_faults import device_faults
 from .networks import TrainedLearner, open_learner
 from .previous_store import PreviousRows
+from .previous_store import PreviousStore as PartStore
 from .shard_images import ShardImages, fatal_after
 from .shard_writing import MadeShard, ShardWriter
 from .store_filling import meta_rows

@@ -3,18 +3,22 @@
 Legend: n images of a shard.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..errors import MismatchError
+from ..errors import DamageError, MismatchError, MissingError
 from ..pipeline.plan import Plan
 from ..pipeline.plan_matching import MATCHED, matches_of
-from ..storage.files import atomic_file
+from ..storage.files import atomic_file, read_json, record_crc32
+from ..storage.lookahead import each_in
 from ..storage.part_identity import StoreIdentity
+from ..storage.part_records import commit_name, read_commit, read_set_up
 from ..storage.part_store import PartStore
 from ..storage.store_paths import StorePath, read_range
 
@@ -36,6 +40,52 @@ _ENDED_THEIR_PROCESS = "fatal", "hanging"
 
 _ROW = np.dtype("<i8")
 """Of the file that says which row of the earlier store each image is, -1 for none."""
+
+
+class PreviousStore(PartStore):
+    """A store to take rows over from; of one that is not complete, those of its committed shards.
+
+    What is asked of it must lie in its `shards`.
+    """
+
+    @classmethod
+    def open(cls, path: StorePath) -> PartStore:
+        """Open a store, complete or not; its objects are checked when they are read.
+
+        The fingerprint of one that is not complete is made of its plan and of the commit records
+        that stand, so it is another one as soon as a shard is added.
+
+        Args:
+            path: Folder of the store.
+
+        Raises:
+            MissingError: There is no store, or not one shard of it is committed.
+            DamageError: Its records are damaged.
+            MismatchError: The store has another format version.
+            UnreadableError: The system refuses to read a record.
+        """
+        with contextlib.suppress(MissingError):
+            read_json(path / "complete.json")
+            return super().open(path)
+        plan, identity = read_set_up(path)
+        standing = {"plan": record_crc32(plan)}
+
+        def commit_of(shard: int) -> int | None:
+            # A shard without a sound record is not there: its images are encoded anew.
+            with contextlib.suppress(MissingError, DamageError):
+                commit = read_commit(path, identity, shard)
+                return record_crc32(commit) if commit["plan"] == standing["plan"] else None
+            return None
+
+        shards = range(identity.shards)
+        found = zip(shards, each_in(path, commit_of, shards), strict=True)
+        commits = {f"{shard:05d}": crc32 for shard, crc32 in found if crc32 is not None}
+        if not commits:
+            raise MissingError(
+                f"--update is {path}, of which not one shard is done: leave it out, or go on with "
+                "that store"
+            )
+        return cls(path, {**standing, "commits": commits}, plan)
 
 
 def refuse_other_parts(old: PartStore, identity: StoreIdentity) -> None:
@@ -75,6 +125,8 @@ def previous_rows(old: PartStore, plan: Plan) -> NDArray[np.int64]:
     """
     rows, sizes = matches_of(plan.tables(MATCHED), old.plan_tables(), len(plan))
     rows[sizes != plan.sizes] = -1
+    if len(old.shards) < old.identity.shards:
+        rows[~np.isin(rows // old.identity.shard_size, old.shards)] = -1
     return rows
 
 
@@ -102,19 +154,31 @@ class PreviousRows:
         output: Folder of the new store, after `keep_previous`.
         start: First row of the shard.
         stop: One past its last row.
+
+    Raises:
+        MismatchError: The earlier store is not what it was then.
+        DamageError: Meta rows of it are not what was written.
     """
 
     def __init__(self, old: PartStore, output: StorePath, start: int, stop: int) -> None:
         size = _ROW.itemsize
-        kept = read_range(_place(output, old.fingerprint), start * size, stop * size)
+        try:
+            kept = read_range(_place(output, old.fingerprint), start * size, stop * size)
+        except FileNotFoundError as error:
+            raise MismatchError(
+                f"--update is {old.path}, which has changed or grown since this run began: see to "
+                "it that nothing writes to it, and name another --output"
+            ) from error
         self._old, self._rows = old, np.frombuffer(kept, dtype=_ROW).astype(np.int64)
         there = self._rows[self._rows >= 0]
-        # Both plans are sorted, so the rows of a shard lie close together in the earlier store.
         self._meta: dict[int, dict[str, Any]] = {}
-        if len(there):
-            first = int(there.min())
-            found = old.meta(start=first, stop=int(there.max()) + 1).take(pa.array(there - first))
-            self._meta = dict(zip(there.tolist(), found.to_pylist(), strict=True))
+        # Shard by shard: between two of them may be one that the earlier store lacks.
+        for shard in np.unique(there // old.identity.shard_size).tolist():
+            rows = there[there // old.identity.shard_size == shard]
+            first, last = int(rows.min()), int(rows.max())
+            with _telling_damage(old, shard):
+                found = old.meta(start=first, stop=last + 1).take(pa.array(rows - first))
+            self._meta |= zip(rows.tolist(), found.to_pylist(), strict=True)
         self._shards: dict[tuple[str, int], NDArray[Any]] = {}
 
     def crc32(self, place: int) -> int | None:
@@ -145,5 +209,19 @@ class PreviousRows:
     def _shard(self, name: str, shard: int) -> NDArray[Any]:
         # Not the labels that readers keep decoded: what is taken over must be checked.
         if (name, shard) not in self._shards:
-            self._shards[name, shard] = self._old.shard(name, shard)
+            with _telling_damage(self._old, shard):
+                self._shards[name, shard] = self._old.shard(name, shard)
         return self._shards[name, shard]
+
+
+@contextlib.contextmanager
+def _telling_damage(old: PartStore, shard: int) -> Iterator[None]:
+    """Says what to do where a shard of the earlier store is damaged."""
+    try:
+        yield
+    except DamageError as error:
+        raise DamageError(
+            f"{error}: mend the earlier store by `semmae parts repair {old.path}`; or, where its "
+            f"images are no longer those of then, remove complete.json and {commit_name(shard)} "
+            "there, which has that shard's images encoded anew, and name another --output"
+        ) from error

@@ -74,11 +74,16 @@ class PartStore:
             raise DamageError(f"plan.json and complete.json of {path} are of two stores")
         return cls(path, complete, plan)
 
+    @property
+    def shards(self) -> list[int]:
+        """The shards that can be read: all, as the store is complete."""
+        return [int(shard) for shard in self._complete["commits"]]
+
     @cached_property
     def _objects(self) -> dict[str, dict[str, int]]:
         """What the commit records say of every object of the shards."""
         objects: dict[str, dict[str, int]] = {}
-        for found in each_in(self.path, self._objects_of, range(self.identity.shards)):
+        for found in each_in(self.path, self._objects_of, self.shards):
             objects.update(found)
         return objects
 

@@ -183,9 +183,13 @@ def same_set_up(
     if not different:
         return have
     way_out = "use the same ones to go on with it, or name another --output"
+    if len({"", have["identity"]["updated_from"], want["identity"]["updated_from"]}) == 3:
+        different.append("the store that --update names is another one, or has changed or grown")
     if have["identity"]["plan_fingerprint"] != want["identity"]["plan_fingerprint"]:
         different.append(f"images: {plan_changes(plan_tables(path, have), plan)}")
-        way_out += "; `semmae stage1 extract-parts --update` takes over what stayed the same"
+        way_out += (
+            f", where `semmae stage1 extract-parts --update {path}` takes over what stayed the same"
+        )
     raise MismatchError(
         f"the part store {path} was begun with other settings ({'; '.join(different)}); {way_out}"
     )

@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from semmae.errors import DamageError, MismatchError, SettingError
+from semmae.errors import DamageError, MismatchError, MissingError, SettingError
 from semmae.pipeline.shard_worker import Record
 from semmae.pipeline.watching import Tell
 from semmae.stages import extraction_forecast
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.extraction_forecast import forecast_extraction
 from semmae.stages.extraction_worker import ExtractionWorker
+from semmae.stages.previous_store import PreviousStore
+from semmae.stages.worker_settings import WorkerSettings
 from semmae.storage.part_store import PartStore
+from semmae.storage.part_writer import uncommit
 from semmae.tests.world import World, lasting_bytes
 
 
@@ -210,3 +213,107 @@ def test_forecast__measures_what_is_taken_over_with_the_earlier_store(
     monkeypatch.setattr(extraction_forecast, "ExtractionWorker", Watched)
     forecast_extraction(options_for(world, Path(world.data), tmp_path / "new", update=old))
     assert seen == [*[(None, 8, 8)] * 2, *[(None, 16, 16)] * 2, *[(old, 16, 0)] * 2]
+
+
+# From a store that is not complete.
+
+
+@pytest.fixture
+def unfinished(old: Path) -> Path:
+    """The earlier store without its middle shard."""
+    uncommit(old, [1])
+    return old
+
+
+def test_update__takes_over_what_an_unfinished_store_has_committed(
+    world: World, changed: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MismatchError, match=f"--update {unfinished}` takes over what stayed"):
+        extract_parts(options_for(world, changed, unfinished))
+    new, fresh = tmp_path / "new", tmp_path / "fresh"
+    extract_parts(options_for(world, changed, new, update=unfinished), Counts)
+    assert (
+        sum(Counts.seen) == 72 - 38
+    )  # one image of the 40 that are committed is gone, one another
+    extract_parts(options_for(world, changed, fresh))
+    updated, whole = PartStore.open(new), PartStore.open(fresh)
+    assert updated.meta(["key", "crc32"]).equals(whole.meta(["key", "crc32"]))
+    assert (np.asarray(updated.labels()) == np.asarray(whole.labels())).mean() > 0.999
+
+
+def test_update__from_an_unfinished_store_interrupted_ends_as_one_that_was_not(
+    world: World, changed: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    with pytest.raises(KeyboardInterrupt):
+        extract_parts(options_for(world, changed, broken, update=unfinished), Stops)
+    extract_parts(options_for(world, changed, broken, update=unfinished))
+    extract_parts(options_for(world, changed, whole, update=unfinished))
+    assert lasting_bytes(broken) == lasting_bytes(whole)
+
+
+def test_update__does_not_go_on_from_a_store_that_has_grown(
+    world: World, changed: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    options = options_for(world, changed, tmp_path / "new", update=unfinished)
+    with pytest.raises(KeyboardInterrupt):
+        extract_parts(options, Stops)
+    before = lasting_bytes(tmp_path / "new")
+    extract_parts(options_for(world, Path(world.data), unfinished))
+    with pytest.raises(MismatchError, match=r"--update names .* has changed or grown.*another"):
+        extract_parts(options)
+    assert lasting_bytes(tmp_path / "new") == before
+
+
+def test_update__from_a_store_that_grows_meanwhile_is_refused(
+    world: World, changed: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    class Grows(Counts):
+        def __init__(self, settings: WorkerSettings) -> None:
+            extract_parts(options_for(world, Path(world.data), unfinished))
+            super().__init__(settings)
+
+    with pytest.raises(MismatchError, match=r"old, which has changed or grown since this run"):
+        extract_parts(options_for(world, changed, tmp_path / "new", update=unfinished), Grows)
+
+
+def test_update__encodes_anew_what_no_sound_record_vouches_for(
+    world: World, old: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    place = unfinished / "commits/00002.json"
+    place.write_bytes(place.read_bytes()[:-3])
+    extract_parts(options_for(world, Path(world.data), tmp_path / "new", update=old), Counts)
+    assert sum(Counts.seen) == 40
+    uncommit(unfinished, [0, 2])
+    with pytest.raises(MissingError, match="not one shard is done"):
+        extract_parts(options_for(world, Path(world.data), tmp_path / "newer", update=old))
+
+
+@pytest.mark.parametrize("name", ["meta/part-00000.parquet", "parts.zarr/labels/c/0/0/0"])
+def test_update__a_damaged_shard_of_the_earlier_store_can_be_done_without(
+    world: World, unfinished: Path, tmp_path: Path, name: str
+) -> None:
+    (unfinished / name).write_bytes(b"?")
+    told = rf"{name} has 1 bytes .*parts repair.*remove complete\.json and commits/00000\.json"
+    with pytest.raises(DamageError, match=told):
+        extract_parts(options_for(world, Path(world.data), tmp_path / "a", update=unfinished))
+    (unfinished / "commits/00000.json").unlink()
+    options = options_for(world, Path(world.data), tmp_path / "b", update=unfinished)
+    extract_parts(options, Counts)
+    assert sum(Counts.seen[-3:]) == 64
+
+
+def test_previous_store__knows_a_complete_store_as_before_and_an_unfinished_one_by_its_shards(
+    old: Path, unfinished: Path, world: World
+) -> None:
+    prints = [PreviousStore.open(unfinished).fingerprint]
+    with pytest.raises(DamageError, match=r"not complete"):
+        PartStore.open(unfinished)
+    extract_parts(options_for(world, Path(world.data), old))
+    prints.append(PreviousStore.open(old).fingerprint)
+    assert prints[1] == PartStore.open(old).fingerprint
+    uncommit(old, [1])
+    prints.append(PreviousStore.open(old).fingerprint)
+    uncommit(old, [2])
+    prints.append(PreviousStore.open(old).fingerprint)
+    assert (prints[0], len(set(prints))) == (prints[2], 3)
