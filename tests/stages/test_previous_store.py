@@ -232,9 +232,8 @@ def test_update__takes_over_what_an_unfinished_store_has_committed(
         extract_parts(options_for(world, changed, unfinished))
     new, fresh = tmp_path / "new", tmp_path / "fresh"
     extract_parts(options_for(world, changed, new, update=unfinished), Counts)
-    assert (
-        sum(Counts.seen) == 72 - 38
-    )  # one image of the 40 that are committed is gone, one another
+    # Of the 40 images that are committed one is gone and one is another.
+    assert sum(Counts.seen) == 72 - 38
     extract_parts(options_for(world, changed, fresh))
     updated, whole = PartStore.open(new), PartStore.open(fresh)
     assert updated.meta(["key", "crc32"]).equals(whole.meta(["key", "crc32"]))
