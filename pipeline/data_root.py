@@ -4,12 +4,14 @@ What lies on this machine and what a URL names differ in `DataRoot.scan`, ``_rea
 alone; patience with failures, and telling a bad image from storage that is gone, are the same.
 """
 
+import errno
 import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, cast
 
@@ -19,7 +21,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..errors import MissingError, SettingError, UserError
-from ..storage.retries import is_own_fault, patiently
+from ..storage.retries import LOST_NUMBERS, is_own_fault, patiently
+
+_OTHERS = 8
+"""Files that are tried where one cannot be read, to see whether it is that one alone."""
+
+_FEW = 4096
+"""Bytes that are read of each."""
 
 
 class FolderListing(NamedTuple):
@@ -57,6 +65,7 @@ class DataRoot(ABC):
     def __init__(self, root: str, read_ahead: int, skip_ahead: int) -> None:
         self.root = root
         self.read_ahead, self.skip_ahead = read_ahead, skip_ahead
+        self._lost: set[str] = set()
 
     def place(self, path: str) -> str:
         """The whole name of a path, for messages."""
@@ -109,12 +118,36 @@ class DataRoot(ABC):
             MissingError: Its whole folder is gone or empty, or forbidden; behind a URL, the root.
             UserError: The storage does not answer.
         """
+        return self._patiently_read(path, start, stop, lambda: False)
+
+    def read_one_of_many(self, path: str) -> bytes:
+        """A whole file, of which there are others: one that its disk has lost is told from a mount.
+
+        It is waited for once: read again, such a file fails at once.
+
+        Raises:
+            OSError: The file itself is absent, forbidden, a folder, or lost while others near it
+                can be read.
+            MissingError: Its whole folder is gone or empty, or forbidden; behind a URL, the root.
+            UserError: The storage does not answer.
+        """
+        if path in self._lost:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return self._patiently_read(path, 0, None, partial(self._is_lost_alone, path))
+
+    def _patiently_read(
+        self, path: str, start: int, stop: int | None, alone: Callable[[], bool]
+    ) -> bytes:
         try:
-            return patiently(partial(self._read, path, start, stop), self.place(path))
+            return patiently(
+                partial(self._read, path, start, stop), self.place(path), "read", alone
+            )
         except UserError:
             raise
         except OSError as error:
             self._require_folder(path, error)
+            if error.errno in LOST_NUMBERS:
+                self._lost.add(path)
             raise
 
     def status(self, path: str) -> Status | None:
@@ -173,6 +206,10 @@ class DataRoot(ABC):
     @abstractmethod
     def _lost_above(self, path: str) -> str | None:
         """The folder of a file, or the root, where nothing is left of it."""
+
+    @abstractmethod
+    def _is_lost_alone(self, path: str) -> bool:
+        """Whether a file cannot be read by itself: another one of its disk can, and it cannot."""
 
 
 class LocalRoot(DataRoot):
@@ -240,6 +277,39 @@ class LocalRoot(DataRoot):
                 return None if any(True for _ in entries) else str(folder)
         except OSError:
             return str(folder)
+
+    def _is_lost_alone(self, path: str) -> bool:
+        try:
+            near = islice(self._near(path), _OTHERS)
+            if not any(self._comes_from_disk(other) for other in near):
+                return False
+        except OSError:
+            return False
+        try:
+            self._read(path, 0, None)
+        except OSError as error:
+            return error.errno in LOST_NUMBERS
+        return False  # whatever it was has passed
+
+    def _near(self, path: str) -> Iterator[str]:
+        """Other files of the file system that a file lies on, those of its folder first."""
+        own, root = Path(self.root, path), Path(self.root)
+        device = own.stat().st_dev  # where it is a link, that of what it leads to
+        for top in (own.parent, root):
+            for folder, _, names in os.walk(top):
+                for other in (Path(folder, name) for name in names if name[0] != "."):
+                    if other != own and other.is_file() and other.stat().st_dev == device:
+                        yield str(other)
+
+    def _comes_from_disk(self, path: str) -> bool:
+        """Whether the first bytes of a file can be read now, not from the system's memory."""
+        try:
+            if hasattr(os, "posix_fadvise"):
+                with Path(path).open("rb", buffering=0) as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            return bool(self._read(path, 0, _FEW))
+        except OSError:
+            return False
 
 
 def ending_of(name: str) -> str:

@@ -117,6 +117,9 @@ class RemoteRoot(DataRoot):
         kind: Literal["file", "folder"] = "folder" if found["type"] == "directory" else "file"
         return Status(kind, found["size"] or 0, changed)
 
+    def _is_lost_alone(self, path: str) -> bool:
+        return False  # no disk of this machine
+
     def _lost_above(self, path: str) -> str | None:
         # Object storage has no folders: what is in them makes them.
         try:

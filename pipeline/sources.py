@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import MismatchError, SettingError, UserError
+from ..storage.retries import LOST_NUMBERS
 from .archives import archives_in, plan_of_archives
 from .data_root import DataRoot
 from .decoding import BadImage
@@ -218,11 +219,14 @@ class ImageReader:
 
     def _read_plain(self, path: str) -> bytes:
         try:
-            return self._root.read(path)
+            return self._root.read_one_of_many(path)
         except UserError:
             raise
         except OSError as error:
             reason = error.strerror or "the file cannot be read"
+            if error.errno in LOST_NUMBERS:
+                # Disks, and the same one at another time, say so in several ways.
+                reason = "its disk has lost it"
             raise BadImage("unreadable", reason, type(error).__name__) from error
 
     def _of_size(self, size: int, data: bytes, key: str) -> bytes:

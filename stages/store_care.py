@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import sys
 import time
 import typing
@@ -23,6 +22,7 @@ from ..storage.part_check import (
     foreign_objects,
 )
 from ..storage.part_records import read_set_up
+from ..storage.retries import LOST_NUMBERS
 from ..storage.store_paths import StorePath, store_path
 from .extract_parts import ExtractPartsOptions, extract_parts
 from .import_parts import ImportPartsOptions, import_parts
@@ -40,10 +40,6 @@ MAKERS = {
     "parts import": _Maker(ImportPartsOptions, import_parts),
 }
 """Commands that fill stores, as the records in ``runs/`` name them."""
-
-
-_LOST = {errno.EIO, errno.EBADMSG, errno.EUCLEAN}
-"""What the system says of a file that its disk has lost; it says so of a lost mount, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +165,7 @@ def _remove_lost(path: StorePath, faults: list[Fault]) -> None:
         except NO_FILE:
             continue
         except UnreadableError as error:
-            if getattr(error.__cause__, "errno", None) not in _LOST:
+            if getattr(error.__cause__, "errno", None) not in LOST_NUMBERS:
                 raise
             _remove(path / name)
 

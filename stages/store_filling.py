@@ -140,7 +140,8 @@ def _refuse_changed(place: StorePath, rows: Sequence[Mapping[str, Any]]) -> None
     if unread:
         raise MismatchError(
             f"{len(unread)} images cannot be read now and could be when {place} was written, such "
-            f"as {unread[0]['key']} ({unread[0]['error']}): see to it that they can, and run again"
+            f"as {unread[0]['key']} ({unread[0]['error']}): see to it that they can, and run "
+            "again; or remove that file, and they become bad rows"
         )
     if changed:
         raise MismatchError(

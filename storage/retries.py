@@ -2,7 +2,8 @@
 
 A request is made again, after waits that grow, where the failure may pass: a time-out, a dropped
 connection, a server that is busy or broken, a network file system that lost its server.  What
-belongs to the file itself (it is not there, may not be read, is a folder) is said at once.
+belongs to the file itself (it is not there, may not be read, is a folder) is said at once; that its
+disk has lost it alone, after a few tries.
 """
 
 import errno
@@ -36,6 +37,12 @@ PATIENCE = Patience()
 # Of a file, not of the way to it.
 _OWN_KINDS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _OWN_NUMBERS = {errno.ELOOP, errno.ENAMETOOLONG}
+
+LOST_NUMBERS = {errno.EIO, errno.EBADMSG, errno.EUCLEAN}
+"""What the system says of a file that its disk has lost; it says so of a lost mount, too."""
+
+_SURE_TRIES = 4
+"""After which it is asked whether it is the file alone that fails: some four seconds."""
 
 # What s3fs makes of answers that would be the same the next time.
 _FINAL_NUMBERS = {
@@ -88,16 +95,23 @@ def may_pass(error: BaseException) -> bool:
     return any(kind.__name__ in _PASSING_NAMES for kind in type(error).__mro__)
 
 
-def patiently(request: Callable[[], Result], place: str, doing: str = "read") -> Result:
+def patiently(
+    request: Callable[[], Result],
+    place: str,
+    doing: str = "read",
+    alone: Callable[[], bool] = lambda: False,
+) -> Result:
     """What a request to storage gives, made again while its failure may pass.
 
     Args:
         request: Makes it; it may be called several times.
         place: What it is about, for messages.
         doing: What is done to that, likewise: ``read``, ``written``, ``removed``.
+        alone: Tells, where the system says what it says of a file that its disk has lost, whether
+            the rest of the storage answers; asked after some tries.
 
     Raises:
-        OSError: The file itself is at fault (`is_own_fault`); as it came.
+        OSError: The file itself is at fault (`is_own_fault`, ``alone``); as it came.
         UserError: The storage does not answer however often it is asked, or answers something
             that no further try would change.
     """
@@ -114,7 +128,10 @@ def patiently(request: Callable[[], Result], place: str, doing: str = "read") ->
                     f"{place} cannot be {doing}: {_told(error)}; see to its address and to your "
                     "rights to it"
                 ) from error
-            if attempt >= PATIENCE.tries or time.monotonic() - began >= PATIENCE.enough:
+            last = attempt >= PATIENCE.tries or time.monotonic() - began >= PATIENCE.enough
+            if (last or attempt >= _SURE_TRIES) and _is_lost(error) and alone():
+                raise
+            if last:
                 raise UserError(
                     f"the storage of {place} does not answer: {attempt} tries, the last ended in "
                     f"{_told(error)}; see to the network or the mount and run the command again"
@@ -122,6 +139,10 @@ def patiently(request: Callable[[], Result], place: str, doing: str = "read") ->
         # A random part, so that workers do not ask all at once.
         wait = min(PATIENCE.first_wait * 2 ** (attempt - 1), PATIENCE.longest_wait)
         time.sleep(wait + random.uniform(0, PATIENCE.first_wait))
+
+
+def _is_lost(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in LOST_NUMBERS
 
 
 def _told(error: Exception) -> str:

@@ -155,6 +155,87 @@ def test_image_reader__a_failing_mount_is_no_bad_image(
     assert failures == []
 
 
+def fail(monkeypatch: pytest.MonkeyPatch, number: int, *paths: str) -> list[str]:
+    """Have the system refuse to read files, all without any named; gives what is asked for."""
+    read, asked = LocalRoot._read, list[str]()
+
+    def failing(root: LocalRoot, path: str, start: int, stop: int | None) -> bytes:
+        asked.append(path)
+        if not paths or path.endswith(paths):
+            raise OSError(number, os.strerror(number))
+        return read(root, path, start, stop)
+
+    monkeypatch.setattr(LocalRoot, "_read", failing)
+    return asked
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EBADMSG, errno.EUCLEAN])
+@pytest.mark.parametrize("alone_in_folder", [False, True])
+def test_image_reader__a_file_that_its_disk_has_lost_is_a_bad_image_said_once(
+    number: int, alone_in_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [picture(0), picture(1)] if alone_in_folder else IMAGES
+    reader = ImageReader(list_images(write_forms(tmp_path, images)["folder"]))
+    lost = str(reader.plan.keys[0])
+    asked = fail(monkeypatch, number, lost)
+    told = []
+    for tries in (4, 4):  # three, and one after another file was read
+        with pytest.raises(BadImage, match="unreadable: its disk has lost it") as bad:
+            reader.read(0)
+        told.append((bad.value.message, bad.value.kind))
+        assert asked.count(lost) + sum(path.endswith("/" + lost) for path in asked) == tries
+    assert told == [("its disk has lost it", "OSError")] * 2
+    assert reader.read(1)
+
+
+def test_image_reader__a_lost_disk_is_told_from_a_lost_file_whatever_memory_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = ImageReader(list_images(write_forms(tmp_path, IMAGES)["folder"]))
+    dropped, drop = [], os.posix_fadvise
+    asked = fail(monkeypatch, errno.EIO)
+
+    def dropping(file: int, start: int, length: int, advice: int) -> None:
+        dropped.append(str(Path(f"/proc/self/fd/{file}").readlink()))
+        drop(file, start, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", dropping)
+    with pytest.raises(UserError, match=r"storage of .* does not answer: 3 tries"):
+        reader.read(0)
+    others = [path for path in asked if path != reader.plan.keys[0]]
+    assert others == dropped
+    assert len(set(others)) > 3
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT])
+def test_image_reader__what_is_said_of_mounts_alone_is_no_bad_image(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = ImageReader(list_images(write_forms(tmp_path, IMAGES)["folder"]))
+    fail(monkeypatch, number, str(reader.plan.keys[0]))
+    with pytest.raises(UserError, match=r"storage of .* does not answer"):
+        reader.read(0)
+
+
+def test_image_reader__files_of_another_disk_say_nothing_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = write_forms(tmp_path, IMAGES[:2])["folder"]
+    reader = ImageReader(list_images(place))
+    fail(monkeypatch, errno.EIO, str(reader.plan.keys[0]))
+    plain, own = Path.stat, place / str(reader.plan.keys[0])
+
+    class Elsewhere:
+        st_dev = -1
+
+    def stat(path: Path, **options: bool) -> object:
+        return Elsewhere if path == own else plain(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(UserError, match=r"storage of .* does not answer"):
+        reader.read(0)
+
+
 def test_image_reader__one_missing_file_is_a_bad_image(tmp_path: Path) -> None:
     place = write_forms(tmp_path, IMAGES)["folder"]
     reader = ImageReader(list_images(place))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from semmae.errors import DamageError, MissingError, UnreadableError, UserError
+from semmae.errors import DamageError, MismatchError, MissingError, UnreadableError, UserError
 from semmae.pipeline.shard_worker import Record
 from semmae.pipeline.watching import Tell
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
@@ -155,6 +155,59 @@ def test_extract_parts__tells_progress_while_it_reads_the_store(
 
 
 # For good.
+
+
+def test_extract_parts__goes_on_past_an_image_that_its_disk_has_lost_and_takes_it_in_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_retries: None
+) -> None:
+    key = (
+        "train/"
+        + sorted(
+            file.relative_to(Path(world.data, "train")).as_posix()
+            for file in Path(world.data, "train").rglob("*.png")
+        )[40]
+    )
+    for number, name in ((errno.EIO, "store"), (errno.EUCLEAN, "again")):
+        with monkeypatch.context() as patch:
+            lose(Path(world.data), key, number, patch)
+            assert extract_parts(options_for(world, tmp_path / name))["bad"] == 1
+            (Path(world.data).with_name(key.replace("/", "-"))).unlink()
+    store = tmp_path / "store"
+    assert lasting_bytes(store) == lasting_bytes(tmp_path / "again")
+    row = PartStore.open(store).meta().to_pylist()[40]
+    told = [row[name] for name in ("key", "error_code", "error_kind", "error", "crc32")]
+    assert told == [key, "unreadable", "OSError", "its disk has lost it", 0]
+    (store / "parts.zarr/labels/c/1/0/0").unlink()
+    repair_parts(RepairPartsOptions(parts=store))
+    assert lasting_bytes(store) == lasting_bytes(world.store)
+
+
+def test_extract_parts__an_image_lost_after_its_meta_rows_were_written_can_be_done_without(
+    world: World, store: Path, monkeypatch: pytest.MonkeyPatch, quick_retries: None
+) -> None:
+    image = sorted(Path(world.data, "train").rglob("*.png"))[40]
+    (store / "commits/00001.json").unlink()
+    lose(Path(world.data), image.relative_to(world.data).as_posix(), errno.EIO, monkeypatch)
+    with pytest.raises(MismatchError, match=r"1 images cannot be read now .*or remove that file"):
+        extract_parts(options_for(world, store))
+    (store / "meta/part-00001.parquet").unlink()
+    assert extract_parts(options_for(world, store))["bad"] == 1
+
+
+def test_extract_parts__a_lost_disk_ends_the_run_and_leaves_no_bad_rows(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_retries: None
+) -> None:
+    plain = Path.open
+
+    def open_(self: Path, *rest: Any, **options: Any) -> Any:
+        if self.is_relative_to(world.data) and self.suffix == ".png":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return plain(self, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", open_)
+    with pytest.raises(UserError, match="does not answer: 5 tries"):
+        extract_parts(options_for(world, tmp_path / "store"))
+    assert not list((tmp_path / "store").glob("meta/*"))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -98,6 +98,23 @@ def test_patiently__says_at_once_what_no_try_changes(error: Exception) -> None:
     assert storage.tries == 1
 
 
+def test_patiently__passes_on_what_is_lost_alone_once_that_is_sure() -> None:
+    error, answers = OSError(errno.EIO, "input/output error"), [False, True]
+    storage = Storage(error, failures=99)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retries, "PATIENCE", Patience(tries=9, first_wait=0.001, longest_wait=0.002))
+        with pytest.raises(OSError, match="input/output error") as met:
+            patiently(storage, "place", alone=lambda: answers.pop(0))
+    assert (met.value, storage.tries, answers) == (error, 5, [])
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOTCONN])
+def test_patiently__does_not_ask_that_of_mounts(number: int) -> None:
+    storage = Storage(OSError(number, "no mount"), failures=99)
+    with pytest.raises(UserError, match="4 tries"):
+        patiently(storage, "place", alone=lambda: bool(1 / 0))
+
+
 def test_patiently__leaves_a_sentence_as_it_is() -> None:
     storage = Storage(DamageError("said already"), failures=1)
     with pytest.raises(DamageError, match="said already"):
