@@ -253,29 +253,33 @@ def parse_sides(option: int | str) -> tuple[int, int]:
 def choose_device(name: str) -> "torch.device":
     """The device of a name; ``auto`` is a GPU where there is one.
 
-    Where a launcher started several processes on this machine, each has the GPU of its number.
+    Where a launcher started several processes, each has the GPU of its number on its machine, by
+    index, as NCCL wants it.
 
     Raises:
         SettingError: There is no such device here.
     """
     import torch
 
-    several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
+    from .ranks import asked
+
+    several = asked() > 1
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if several and name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise SettingError(f"--device is {name}: expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SettingError(
-            f"--device is {name}, but there are {torch.cuda.device_count()} CUDA devices here: "
-            + ("start as many processes, or use cpu" if several else "use auto or cpu")
-        )
+    there = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= there:
+        advice = "start as many processes, or use cpu" if several else "use auto or cpu"
+        if several and there == 1:
+            advice = f"use cuda:0 if the launcher gives each process a GPU of its own, else {advice}"
+        raise SettingError(f"--device is {name}, but the CUDA devices here are {there}: {advice}")
     return device
 
 

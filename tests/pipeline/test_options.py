@@ -95,11 +95,35 @@ def test_choose_device__gives_each_process_of_a_machine_its_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in range(2):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         assert choose_device("auto") == choose_device("cuda") == torch.device(f"cuda:{rank}")
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(SettingError, match="cuda:2, but there are 2 CUDA devices here: start as"):
+    with pytest.raises(SettingError, match="cuda:2, but the CUDA devices here are 2: start as"):
         choose_device("auto")
+
+
+@pytest.mark.parametrize("local", [{}, {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}])
+def test_choose_device__has_an_index_in_one_process_a_node(
+    local: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_device("auto") == torch.device("cuda")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", **local}.items():
+        monkeypatch.setenv(name, value)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda:0")
+
+
+def test_choose_device__names_the_one_gpu_that_each_process_may_see(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(SettingError, match="cuda:3, but the CUDA devices here are 1: use cuda:0 if"):
+        choose_device("auto")
+    assert choose_device("cuda:0") == torch.device("cuda:0")
