@@ -12,7 +12,7 @@ import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,9 +47,20 @@ def save_checkpoint(run: Path, step: int, state: Mapping[str, Any]) -> Path:
     _require_plain("state", state)
     path = run / "checkpoints" / f"step-{step:08d}.pt"
     sweep_folder(path.parent)  # before the write, which may need the space
-    with atomic_file(path) as partial:
-        torch.save({"format": FORMAT, **state}, partial)
+    with atomic_file(path) as partial, partial.open("wb") as opened:
+        _save({"format": FORMAT, **state}, opened)
     return path
+
+
+def _save(state: dict[str, Any], opened: BinaryIO) -> None:
+    """Write a state; into a path, torch would not tell of a full disk by an `OSError`."""
+    try:
+        torch.save(state, opened)
+    except RuntimeError as error:
+        # It ends the file after a write that failed, too, and raises that this cannot be.
+        if error.__context__ is not None:
+            raise error.__context__ from None
+        raise
 
 
 def weight_file(state: Mapping[str, Any]) -> bytes:

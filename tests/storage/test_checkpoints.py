@@ -1,10 +1,12 @@
 import argparse
 import os
 import pickle
+import signal
 import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from resource import RLIMIT_FSIZE, getrlimit, setrlimit
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -97,11 +99,11 @@ def test_save_checkpoint__leaves_the_older_one_when_killed(
 ) -> None:
     save_checkpoint(tmp_path, 1, state(1))
 
-    def half(data: object, place: Path) -> None:
-        place.write_bytes(b"PK half")
+    def half(data: object, opened: BinaryIO) -> None:
+        opened.write(b"PK half")
         raise KeyboardInterrupt
 
-    def refused(data: object, place: Path) -> None:
+    def refused(data: object, opened: BinaryIO) -> None:
         raise OSError(28, "No space left on device")
 
     def killed(self: Path, target: Path) -> Path:
@@ -117,6 +119,26 @@ def test_save_checkpoint__leaves_the_older_one_when_killed(
     assert [step for step, _ in checkpoints(tmp_path)] == [1]
     assert load_checkpoint(resolve_checkpoint(tmp_path))["step"] == 1
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.pt"]
+
+
+@pytest.mark.parametrize("room", [500, 1 << 16])
+def test_save_checkpoint__tells_in_a_sentence_that_it_finds_no_room(
+    tmp_path: Path, room: int
+) -> None:
+    save_checkpoint(tmp_path, 1, state(1))
+    larger = {**state(2), "more": torch.zeros(1 << 16)}
+    limits, handler = getrlimit(RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    setrlimit(RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"^cannot write .*step-00000002\.pt: File too large; "):
+            save_checkpoint(tmp_path, 2, larger)
+    finally:
+        setrlimit(RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.pt"]
+    assert load_checkpoint(resolve_checkpoint(tmp_path))["step"] == 1
+    save_checkpoint(tmp_path, 2, larger)
+    assert load_checkpoint(resolve_checkpoint(tmp_path))["step"] == 2
 
 
 def test_load_checkpoint__finds_every_damage(tmp_path: Path) -> None:
