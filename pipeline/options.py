@@ -278,7 +278,7 @@ def choose_device(name: str) -> "torch.device":
     if device.type == "cuda" and (device.index or 0) >= there:
         advice = "start as many processes, or use cpu" if several else "use auto or cpu"
         if several and there == 1:
-            advice = f"use cuda:0 if the launcher gives each process a GPU of its own, else {advice}"
+            advice = f"use cuda:0 where the launcher gives each process its own, else {advice}"
         raise SettingError(f"--device is {name}, but the CUDA devices here are {there}: {advice}")
     return device
 
