@@ -86,8 +86,8 @@ def fit(task: Task, options: TrainingOptions) -> Path:
     parallel = Parallel(task.model, device, options.sharding)
     optimizer = task.optimizer(options.peak_learning_rate, options)
     if state is not None:
-        held = state["optimizer"]
-        load_state(lambda s: parallel.load_optimizer(optimizer, s), held, task, options.output)
+        load = partial(parallel.load_optimizer, optimizer)
+        load_state(load, state["optimizer"], task, options.output)
     if options.warmup_epochs > options.epochs:
         print(
             f"--warmup-epochs {options.warmup_epochs:g} is more than --epochs {options.epochs}: "
@@ -108,6 +108,7 @@ def fit(task: Task, options: TrainingOptions) -> Path:
         training = _Training(task, options, schedule, parts, parallel, optimizer, run, device)
         if state is not None:
             load_state(training.load_state, state, task, options.output)
+        state = None  # as large as the run's own, and of no more use
         training.to_the_end()
     ranks.wait()
     return checkpoints(options.output)[-1][1]

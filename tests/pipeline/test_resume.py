@@ -1,6 +1,8 @@
+import gc
 import json
 import os
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 from torch import nn
 
 from semmae.errors import DamageError, MismatchError, MissingError, SettingError
+from semmae.pipeline import resuming
+from semmae.pipeline.feeding import Batch
 from semmae.pipeline.options import TrainingOptions
 from semmae.pipeline.training import fit
 from semmae.storage.checkpoints import checkpoints, load_checkpoint
@@ -106,13 +110,14 @@ def test_fit__resumes_after_a_kill_while_a_checkpoint_is_written(
     where: str, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = options(tmp_path / "run")
-    saves: list[Path] = []
+    saves: list[str] = []
     with monkeypatch.context() as patched:
         target, name = (torch, "save") if where == "save" else (Path, "replace")
         original = getattr(target, name)
 
         def killed(*arguments: Any) -> Any:
-            saves.extend(a for a in arguments if ".pt." in str(a) and isinstance(a, Path))
+            places = (getattr(a, "name", "") for a in arguments)  # of a path, or of an open file
+            saves.extend(place for place in places if ".pt." in place)
             if len(saves) == 2:
                 raise KeyboardInterrupt
             return original(*arguments)
@@ -295,6 +300,34 @@ def test_fit__says_a_users_mistake_of_a_worker_in_one_sentence(
     with pytest.raises(MissingError) as raised:
         fit(task, options(tmp_path, loader_workers=workers))
     assert str(raised.value) == "the folder of images is gone"
+
+
+def test_fit__keeps_no_loaded_checkpoint_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = options(tmp_path, checkpoint_steps=1, ema=0.9)
+    killed = TinyTask()
+    killed.fails_at = 3
+    with pytest.raises(KilledError):
+        fit(killed, chosen)
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def loaded(path: Path) -> dict[str, Any]:
+        state = load_checkpoint(path)
+        weights = [*state["model"].values(), *state["ema"].values()]
+        held.extend(map(weakref.ref, weights))
+        return state
+
+    monkeypatch.setattr(resuming, "load_checkpoint", loaded)
+
+    class Watching(TinyTask):
+        def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            if self.calls == 0:
+                gc.collect()
+                assert [weight() for weight in held] == [None] * 8
+            return super().loss(batch)
+
+    fit(Watching(), chosen)
 
 
 # What a kill leaves.
