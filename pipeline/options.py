@@ -141,7 +141,11 @@ class TrainingOptions:
         require(share > 0 and not left, "batch_size", self.batch_size, expected)
         size = min(self.micro_batch or share, share)
         each = f"the {share} images of each process" if processes > 1 else f"--batch-size {share}"
-        require(share % size == 0, "micro_batch", size, f"a divisor of {each}")
+        if share % size:
+            fitting = next(count for count in range(size, 0, -1) if share % count == 0)
+            raise SettingError(
+                f"--micro-batch is {size}: expected a divisor of {each}, such as {fitting}"
+            )
         return self.batch_size // size
 
     def precision_on(self, device: "torch.device") -> Literal["fp32", "bf16"]:

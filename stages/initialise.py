@@ -37,7 +37,7 @@ output = {run}
 # image-size = 224  # or "224x320", height x width
 # start = "mae_pretrain_full.pth"  # weights to begin from; by default none
 # epochs = 800
-# micro-batch = 0  # most images that a device computes at once: set it where memory is short
+# micro-batch = 256  # most images that a device computes at once: less where memory is short
 {batch}
 [eval.knn]
 checkpoint = {run}

@@ -1,6 +1,9 @@
 """`semmae stage2 pretrain`: pretrain a masked autoencoder with semantic-guided masks."""
 
+import contextlib
+import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from ..errors import MissingError, SettingError
+from ..errors import MissingError, SettingError, first_line
 from ..models.autoencoder import SIZES, Architecture, MaskedAutoencoder
 from ..models.warm_start import Start, take_decoder, take_encoder
 from ..pipeline.cached_images import CachedImages
@@ -88,6 +91,9 @@ class PretrainOptions(TrainingOptions):
     normalise_target: Annotated[bool, "Rebuild each patch relative to its mean and spread."] = True
     epochs: Annotated[int, "Passes over the data."] = 800
     batch_size: Annotated[int, "Images an optimiser step."] = 4096
+    micro_batch: Annotated[
+        int, "Most images that a device computes at once; 0: its whole share of the batch."
+    ] = 256
     base_learning_rate: Annotated[float, "Peak learning rate for 256 images a step."] = 1.5e-4
     warmup_epochs: Annotated[float, "Epochs of linear warm-up; a cosine to 0 follows."] = 40.0
     loader_workers: Annotated[int, "Processes that decode images; 0 decodes in the trainer."] = 8
@@ -101,7 +107,16 @@ class PretrainOptions(TrainingOptions):
         require(self.gamma > 0, "gamma", self.gamma, "above 0")
         for name in ("alpha_start", "alpha_end"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
-        self.architecture()
+        policy = POLICIES.get(self.masking)
+        if policy is not None and not policy.scheduled:
+            for name in ("gamma", "alpha_start", "alpha_end", "alpha_by"):
+                value, default = getattr(self, name), getattr(PretrainOptions, name)
+                expected = f"its default, {default}, with --masking {self.masking}: it has no alpha"
+                require(value == default, name, value, expected)
+        patches = math.prod(self.architecture().grid)
+        masked = patches - visible_count(patches, self.mask_ratio)
+        expected = f"so much that at least one of the {patches} patches of a crop is masked"
+        require(masked > 0, "mask_ratio", self.mask_ratio, expected)
 
     def architecture(self) -> Architecture:
         """The network's shapes."""
@@ -133,16 +148,22 @@ class Pretraining(Task):
         self._by_part_size = LossBins("loss_by_part_size", PART_SIZE_EDGES)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of the masked patches; the mean alpha of the batch beside it."""
-        losses, patches = self._patch_losses(
-            batch["images"], batch["mask"], self._visible, batch.get("predicted")
-        )
-        known = losses.detach()
+        """Mean squared error of the masked patches; the batch's mean alpha, where masks follow it.
+
+        Raises:
+            MissingError: The network is to be compiled, and no compiler is found.
+        """
+        with _compiler_wanted():
+            losses, patches = self._patch_losses(
+                batch["images"], batch["mask"], self._visible, batch.get("predicted")
+            )
+        known, scalars = losses.detach(), {}
         if self._by_alpha is not None:
             self._by_alpha.add(known.mean(dim=1), batch["alpha"])
+            scalars["alpha"] = batch["alpha"].mean()
         if "parts" in batch:
             self._by_part_size.add(known, part_shares(batch["parts"]).gather(1, patches))
-        return losses.mean(), {"alpha": batch["alpha"].mean()}
+        return losses.mean(), scalars
 
     def after_step(self, progress: float, kept: Tensor) -> None:
         """Count its losses by alpha and part size, unless it is skipped."""
@@ -187,6 +208,20 @@ class Pretraining(Task):
         run.picture("reconstructions", picture)
         save_picture(run.folder / "pictures" / f"reconstructions-epoch-{epoch:04d}.png", picture)
         return {}
+
+
+@contextlib.contextmanager
+def _compiler_wanted() -> Iterator[None]:
+    """Within, a compiler that torch (C++, on CPUs) or Triton (C, on GPUs) misses is a sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(kind in str(error) for kind in ("C++ compiler", "C compiler")):
+            raise
+        raise MissingError(
+            f"--compile finds no compiler ({first_line(error)}): install one, such as g++, or name "
+            "it in the environment variable CXX (CC on GPUs), or leave --compile out"
+        ) from error
 
 
 def pretraining_data(options: PretrainOptions) -> PretrainingData:

@@ -334,7 +334,12 @@ def test_batch_parts__are_the_same_for_any_number_of_processes(
     [
         (8, 0, 3, "--batch-size is 8: expected a multiple of the 3 processes"),
         (8, 0, 16, "--batch-size is 8: expected a multiple of the 16 processes"),
-        (12, 4, 2, "--micro-batch is 4: expected a divisor of the 6 images of each process"),
+        (
+            12,
+            4,
+            2,
+            "--micro-batch is 4: expected a divisor of the 6 images of each process, such as 3",
+        ),
     ],
 )
 def test_batch_parts__refuse_what_cannot_be_shared_out(

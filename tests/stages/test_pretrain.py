@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from semmae.errors import DamageError, MismatchError, MissingError, SettingError
 from semmae.models.autoencoder import MaskedAutoencoder
@@ -19,7 +20,7 @@ from semmae.pipeline.flops import FlopCount
 from semmae.pipeline.loss_bins import part_shares
 from semmae.pipeline.mask_policies import POLICIES
 from semmae.pipeline.randomness import Purpose, streams
-from semmae.pipeline.schedule import Draw
+from semmae.pipeline.schedule import BatchSampler, Draw
 from semmae.pipeline.sources import list_images
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.learn_parts import learn_parts
@@ -27,6 +28,7 @@ from semmae.stages.pretrain import (
     ALPHA_EDGES,
     PART_SIZE_EDGES,
     Pretraining,
+    PretrainOptions,
     pretrain,
     pretraining_data,
 )
@@ -255,6 +257,45 @@ def test_pretrain__goes_on_with_the_same_masks_or_not_at_all(
         pretrain(pretrain_options(world, tmp_path, **{**settings, **change}))
 
 
+def test_pretrain_options__refuse_a_schedule_that_no_mask_follows(
+    world: World, tmp_path: Path
+) -> None:
+    changes = {"gamma": 3.0, "alpha_start": 0.5, "alpha_end": 0.5, "alpha_by": "epoch"}
+    for name, value in changes.items():
+        pretrain_options(world, tmp_path, masking="shuffled", **{name: value})
+        flag = f"--{name.replace('_', '-')}"
+        said = f"^{flag} is {value}: expected its default, .*, with --masking block: it has no al"
+        with pytest.raises(SettingError, match=said):
+            pretrain_options(world, tmp_path, masking="block", **{name: value})
+
+
+def test_pretrain__logs_alpha_only_where_masks_follow_it(world: World, tmp_path: Path) -> None:
+    settings = {"parts": world.store, "log_steps": 1}
+    for masking in ("semantic", "random"):
+        pretrain(pretrain_options(world, tmp_path / masking, masking=masking, **settings))
+        lines = [*lines_of(tmp_path / masking), *lines_of(tmp_path / masking, "steps.jsonl")]
+        assert {"alpha" in line for line in lines} == {masking == "semantic"}
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(0.02, "at least one of the 16"), (0.98, "none of")])
+def test_pretrain_options__refuse_a_mask_of_nothing_or_of_all(
+    ratio: float, said: str, world: World, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingError, match=f"mask.ratio.* {ratio}.*{said}"):
+        pretrain_options(world, tmp_path, mask_ratio=ratio)
+    for fitting in (1 / 16, 15 / 16):
+        pretrain_options(world, tmp_path, mask_ratio=fitting)
+
+
+def test_pretrain_options__compute_at_most_256_images_at_once(tmp_path: Path) -> None:
+    given = PretrainOptions(data="images", output=tmp_path, masking="random")
+    for processes, parts in ((1, 16), (4, 16), (16, 16), (64, 64)):
+        assert given.batch_parts(processes) == parts
+    sampler = BatchSampler(given.schedule(9000), given.seed, 0, given.batch_parts(1))
+    assert {len(draws) for draws in itertools.islice(sampler, 20)} == {256}
+    assert dataclasses.replace(given, micro_batch=0).batch_parts(4) == 4
+
+
 def test_pretrain__alpha_by_epoch_is_the_same_all_through_it(world: World, tmp_path: Path) -> None:
     settings = {"masking": "semantic", "parts": world.store, "alpha_by": "epoch", "epochs": 2}
     pretrain(pretrain_options(world, tmp_path, **settings))
@@ -447,3 +488,18 @@ def test_pretrain__compiled_it_trains_as_it_does_plain(
         found.append([point["loss"] for point in lines_of(run, "steps.jsonl")])
     assert len(asked) == 1
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_pretrain__a_missing_compiler_is_one_sentence(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config
+
+    def quickly_compiled(model: MaskedAutoencoder, images: Tensor, *rest: Any) -> Any:
+        losses = model.mask_token.mean() * images.float().mean(dim=(2, 3))
+        return losses, losses.argsort()
+
+    monkeypatch.setattr(MaskedAutoencoder, "patch_losses", quickly_compiled)
+    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/c++"))
+    with pytest.raises(MissingError, match=r"^--compile finds no compiler .*leave --compile out$"):
+        pretrain(pretrain_options(world, tmp_path, compile=True))
