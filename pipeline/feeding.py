@@ -2,8 +2,11 @@
 
 import multiprocessing
 import os
+import socket
 import sys
+from collections import Counter
 from collections.abc import Generator
+from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
+from . import ranks
 from .schedule import BatchSampler, Draw
 
 Batch = dict[str, Tensor]
@@ -76,8 +80,8 @@ def batches_of(
     Args:
         data: Where they come from.
         sampler: Which draws.
-        workers: Processes that make them ahead of their use, at most one a processor; 0 makes
-            them when asked.
+        workers: Processes that make them ahead of their use, at most one a processor, which is
+            said where they are more; 0 makes them when asked.
         device: Where they go; for a GPU they are put into pinned memory.
 
     Yields:
@@ -88,9 +92,14 @@ def batches_of(
     """
     if isinstance(data, Warming):
         data.warm()
-    # More processes than processors only take turns; other ranks of this machine have theirs.
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = min(workers, max((os.cpu_count() or 1) // ranks_here, 1))
+    most = _processors()
+    if workers > most:  # they would only take turns
+        print(
+            f"--loader-workers is {workers}: {most} are started, as many as there are processors "
+            "for each process that trains",
+            file=sys.stderr,
+        )
+        workers = most
     # Forked workers share what lies in memory; elsewhere than on Linux a fork is not safe.
     context = multiprocessing.get_context("fork") if workers and sys.platform == "linux" else None
     loader: DataLoader[Any] = DataLoader(
@@ -107,6 +116,19 @@ def batches_of(
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+def _processors() -> int:
+    """How many processors this process may use, its share of those that other ranks may, too.
+
+    All ranks must ask together.  Some launchers give each rank its own, others all to all.
+    """
+    everywhere = range(os.cpu_count() or 1)
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(everywhere)
+    machine = socket.gethostname()
+    found = ranks.of_all((machine, mine))
+    users = Counter(cpu for name, theirs in found if name == machine for cpu in theirs)
+    return max(int(sum(Fraction(1, users[cpu]) for cpu in mine)), 1)
 
 
 class _Carrying:

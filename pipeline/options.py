@@ -131,20 +131,23 @@ class TrainingOptions:
         """How many equal parts each batch is computed in, those of all processes together.
 
         A part holds ``micro_batch`` images, whatever the number of processes, unless a process's
-        share of the batch is smaller.
+        share of the batch is smaller or no multiple of it: then the next divisor of that share.
 
         Raises:
-            SettingError: The batch cannot be shared out like that.
+            SettingError: The batch cannot be shared out like that, or in parts of less than half
+                of what was asked for only.
         """
         share, left = divmod(self.batch_size, processes)
         expected = f"a multiple of the {processes} processes"
         require(share > 0 and not left, "batch_size", self.batch_size, expected)
-        size = min(self.micro_batch or share, share)
-        each = f"the {share} images of each process" if processes > 1 else f"--batch-size {share}"
-        if share % size:
-            fitting = next(count for count in range(size, 0, -1) if share % count == 0)
+        most = min(self.micro_batch or share, share)
+        size = next(size for size in range(most, 0, -1) if share % size == 0)
+        if 2 * size < most:
+            each = f"the {share} images of each process" if processes > 1 else "--batch-size"
+            whole = f"--batch-size is {self.batch_size}"
             raise SettingError(
-                f"--micro-batch is {size}: expected a divisor of {each}, such as {fitting}"
+                f"--micro-batch is {most} and {whole}: expected a divisor of {each}, of which "
+                f"{size} is the largest below; 0 computes all of a device's images at once"
             )
         return self.batch_size // size
 

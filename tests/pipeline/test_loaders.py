@@ -1,3 +1,5 @@
+import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from io import BytesIO
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from semmae.errors import MissingError, SettingError
+from semmae.pipeline import feeding, ranks
 from semmae.pipeline.crops import crop_boxes, crop_maps, flips, squash
 from semmae.pipeline.feeding import batches_of
 from semmae.pipeline.image_source import ImageSource
@@ -293,6 +296,46 @@ def test_batches_of__works_two_batches_a_worker_ahead_at_most(
         for number, _ in enumerate(batches, 1):
             assert number <= sampler.taken_so_far <= number + 2 * workers
     assert number == len(sampler) == 36
+
+
+@pytest.mark.parametrize(
+    ("ranks_here", "most"),
+    [
+        ([("here", {0, 1, 2, 3})], 4),
+        ([("here", {0, 1, 2, 3}), ("here", {0, 1, 2, 3})], 2),  # all to all
+        ([("here", {0, 1, 2, 3}), ("here", {4, 5, 6, 7})], 4),  # its own to each
+        ([("here", {0, 1, 2, 3}), ("there", {0, 1, 2, 3})], 4),
+        ([("here", {0, 1, 2, 3}), *[("here", set(range(64)))] * 7], 1),
+    ],
+)
+def test_batches_of__starts_as_many_workers_as_it_has_processors_and_says_so(
+    ranks_here: list[tuple[str, set[int]]],
+    most: int,
+    example: Example,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: ranks_here[0][1])
+    monkeypatch.setattr(socket, "gethostname", lambda: "here")
+    monkeypatch.setattr(ranks, "of_all", lambda mine: [mine, *ranks_here[1:]])
+    started = []
+
+    def watched(*given: Any, num_workers: int, **settings: Any) -> list[Any]:
+        started.append(num_workers)
+        return []
+
+    monkeypatch.setattr(feeding, "DataLoader", watched)
+    sampler = BatchSampler(Schedule(len(example.plan), 4, 1, 0.0, 0.1), 0, 0, 1)
+    for workers in (0, 1, most, most + 1, 100):
+        list(batches_of(example.data(), sampler, workers, torch.device("cpu")))
+        said = capsys.readouterr().err
+        if workers > most:
+            assert said.startswith(f"--loader-workers is {workers}: {most} are started")
+            assert said.count("\n") == 1
+        else:
+            assert said == ""
+    assert started == [0, 1, most, most, most]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.75])

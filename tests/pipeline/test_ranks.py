@@ -320,6 +320,9 @@ def test_fit__says_once_that_all_processes_stop(tmp_path: Path) -> None:
         (8, 2, 4, 4),
         (8, 2, 8, 8),
         (8, 9, 1, 1),
+        (12, 4, 2, 4),
+        (320, 256, 1, 2),
+        (1280, 256, 4, 8),
     ],
 )
 def test_batch_parts__are_the_same_for_any_number_of_processes(
@@ -335,19 +338,22 @@ def test_batch_parts__are_the_same_for_any_number_of_processes(
         (8, 0, 3, "--batch-size is 8: expected a multiple of the 3 processes"),
         (8, 0, 16, "--batch-size is 8: expected a multiple of the 16 processes"),
         (
-            12,
+            34,
             4,
             2,
-            "--micro-batch is 4: expected a divisor of the 6 images of each process, such as 3",
+            "--micro-batch is 4 and --batch-size is 34: expected a divisor of the 17 images of "
+            "each process, of which 1 is the largest below",
         ),
+        (257, 256, 1, "expected a divisor of --batch-size, of which 1 is the largest below"),
     ],
 )
 def test_batch_parts__refuse_what_cannot_be_shared_out(
     batch: int, micro: int, processes: int, said: str
 ) -> None:
-    given = TrainingOptions(output=Path("run"), batch_size=batch, micro_batch=micro)
     with pytest.raises(SettingError, match=said):
-        given.batch_parts(processes)
+        TrainingOptions(output=Path("run"), batch_size=batch, micro_batch=micro).batch_parts(
+            processes
+        )
 
 
 @pytest.mark.parametrize(
