@@ -18,8 +18,17 @@ from ..errors import DamageError, SettingError
 _WRAPPERS = ("teacher", "model", "student", "state_dict", "target_encoder", "encoder")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
 _FOREIGN = re.compile(r"decoder_|mask_token|masked_embed|head\.|predictor|projector|dino_|ibot_")
-_RENAMED = {"register_tokens": "reg_token", ".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}
-"""DINOv2's names against timm's."""
+_RENAMED = {
+    "register_tokens": "reg_token",
+    ".mlp.w12.": ".mlp.fc1.",
+    ".mlp.w3.": ".mlp.fc2.",
+    ".gamma_1": ".ls1.gamma",
+    ".gamma_2": ".ls2.gamma",
+}
+"""Names of DINOv2, and of iBOT's layer scale, against timm's."""
+
+_CHUNK = re.compile(r"^blocks\.\d+\.(?=\d+\.)")
+"""What DINOv2's training puts before its blocks, whose own numbers count through all chunks."""
 
 _UNCOMMON_HEADS = {1280: 16, 1408: 16, 1664: 16}
 """Heads of the published widths (huge, giant, gigantic) that do not have 64 channels a head."""
@@ -80,7 +89,7 @@ def _named(weights: Mapping[str, Any]) -> dict[str, Tensor]:
                 name = name.removeprefix(prefix)
             for theirs, ours in _RENAMED.items():
                 name = name.replace(theirs, ours)
-            found[name] = value
+            found[_CHUNK.sub("blocks.", name)] = value
     return found
 
 

@@ -1,4 +1,5 @@
 import argparse
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -103,6 +104,17 @@ def student_file(weights: Weights) -> dict[str, Any]:
     return {"student": prefixed("module.backbone.", {**weights, **masked}), "epoch": 3}
 
 
+def dinov2_training_file(weights: Weights) -> dict[str, Any]:
+    """With ``block_chunks`` 2 of 4 blocks: the chunks count on, and hold nothing in front."""
+    chunked = {
+        re.sub(r"^blocks\.(\d+)", lambda at: f"blocks.{int(at[1]) // 2}.{at[1]}", name): tensor
+        for name, tensor in weights.items()
+    }
+    head = {f"{of}_head.mlp.0.weight": torch.rand(4, WIDTH) for of in ("dino", "ibot")}
+    masked = {"mask_token": torch.rand(1, WIDTH)}
+    return {"teacher": {**prefixed("backbone.", {**chunked, **masked}), **head}}
+
+
 LAYOUTS: dict[str, Callable[[Weights], dict[str, Any]]] = {
     "mae": mae_file,
     "ibot": ibot_file,
@@ -111,20 +123,24 @@ LAYOUTS: dict[str, Callable[[Weights], dict[str, Any]]] = {
     "state_dict": lambda weights: {"state_dict": weights},
     "flat": lambda weights: weights,
     "compiled": lambda weights: {"model": prefixed("_orig_mod.", weights)},
-    "dinov2_training": lambda weights: {
-        "teacher": {
-            **prefixed("backbone.", {**weights, "mask_token": torch.rand(1, WIDTH)}),
-            "dino_head.mlp.0.weight": torch.rand(4, WIDTH),
-            "ibot_head.mlp.0.weight": torch.rand(4, WIDTH),
-        }
-    },
+    "dinov2_training": dinov2_training_file,
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_build_encoder__reads_the_layout(layout: str, tmp_path: Path) -> None:
-    model = reference()
+    model = reference(depth=4)
     assert_same(saved_and_built(LAYOUTS[layout](model.state_dict()), tmp_path), model)
+
+
+def test_build_encoder__reads_the_layer_scale_of_ibot(tmp_path: Path) -> None:
+    model = reference(init_values=0.1)
+    weights = {
+        re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    assert "blocks.1.gamma_2" in weights
+    assert_same(saved_and_built(ibot_file(weights), tmp_path), model)
 
 
 def test_build_encoder__takes_the_target_of_ijepa(tmp_path: Path) -> None:
