@@ -113,12 +113,13 @@ def _learn_encoder(options: LearnEncoderOptions) -> Path:
     words = torch.zeros(options.prototypes, FEATURES)  # a checkpoint holds its own
     if options.method == "appearance" and not begun:
         words = appearance_words(data, options.patch_size, options.prototypes, options.seed)
+    if options.method == "distil":
+        # lightly is an extra: where it lacks, nothing is trained for it
+        from .distilling import Distilling
     start = options.start or str(options.output if begun else _pretrained(options))
     encoder = open_encoder(start)
     _refuse_unfit(encoder, start, options)
     if options.method == "distil":
-        from .distilling import Distilling  # lightly is an extra
-
         return fit(Distilling(encoder, data, options), options)
     return fit(PredictingAppearances(encoder, data, words, options), options)
 

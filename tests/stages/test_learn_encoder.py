@@ -1,11 +1,12 @@
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from semmae.errors import SettingError
+from semmae.errors import MissingError, SettingError
 from semmae.models.encoders import Tokens
 from semmae.pipeline.image_source import ImageSource
 from semmae.pipeline.loaders import SquashedData
@@ -87,6 +88,19 @@ def test_learn_encoder__refuses_too_few_patches_before_it_begins(
 ) -> None:
     options = options_of(world, tmp_path / "run", start=None, prototypes=5000)
     with pytest.raises(SettingError, match="--prototypes is 5000, but the images have 1152"):
+        learn_encoder(options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_learn_encoder__says_that_lightly_lacks_before_anything_is_trained(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "semmae.stages.distilling")
+    monkeypatch.setitem(sys.modules, "lightly", None)
+    for name in [name for name in sys.modules if name.startswith("lightly.")]:
+        monkeypatch.delitem(sys.modules, name)
+    options = options_of(world, tmp_path / "run", start=None, method="distil")
+    with pytest.raises(MissingError, match="pip install"):
         learn_encoder(options)
     assert not list(tmp_path.iterdir())
 
