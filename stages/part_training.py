@@ -168,6 +168,7 @@ class PartLearning(Task):
     @torch.no_grad()
     def finish_epoch(self, epoch: int, run: Run) -> dict[str, float]:
         """Draw parts of a few images and watch for parts that die."""
+        self._watch.look(epoch / self._options.epochs)  # an epoch may be shorter than its window
         images = self._examples.to(self.encoder.mean.device)
         tokens = self.encoder(images)
         patches = self._learner.patches(tokens, self._grid, patch_colours(images, self._grid))

@@ -1,4 +1,4 @@
-"""A watch over parts while they are learned: one that dies is told of at once.
+"""A watch over parts while they are learned: one that dies is told of within 50 batches.
 
 Ours.  It only looks: no loss, weight or random number hangs on it, so it is not kept in checkpoints
 and begins anew where a run is resumed.
@@ -11,8 +11,9 @@ import sys
 import torch
 from torch import Tensor
 
-STEPS = 50
-"""Batches that the running share of a part goes over, about; none is told of before them."""
+WINDOW = 50
+"""Batches, the last ones, that a part's share goes over; within an epoch none is told of before
+them."""
 
 DEAD = 0.001
 """Share of the patches below which a part counts as dead."""
@@ -23,7 +24,7 @@ again and again."""
 
 
 class PartWatch:
-    """Running share of the patches that each part owns.
+    """Share of the patches of the last `WINDOW` batches that each part owns.
 
     Args:
         every: Optimiser steps between two looks; reading figures off a GPU waits for it.
@@ -32,7 +33,8 @@ class PartWatch:
     def __init__(self, every: int) -> None:
         self._every = every
         self._batches, self._steps = 0, 0
-        self._shares: Tensor | None = None
+        self._owned: Tensor | None = None  # patches by batch and part, a ring of batches
+        self._patches = [0] * WINDOW  # of all parts, likewise
         self._dead: set[int] = set()
 
     @torch.no_grad()
@@ -44,32 +46,45 @@ class PartWatch:
 
         Returns:
             The smallest share of this batch, a scalar on the device of ``maps``.  Not of the
-            running shares: a resumed run would log other figures.
+            window: a resumed run would log other figures.
         """
         owner = maps.argmax(dim=1).flatten()
         ids = torch.arange(maps.shape[1], device=maps.device)
         # Neither bincount nor one_hot: both may wait for the GPU.
-        shares = (owner[:, None] == ids).sum(dim=0) / len(owner)
+        owned = (owner[:, None] == ids).sum(dim=0)
+        if self._owned is None:
+            self._owned = owned.new_zeros(WINDOW, len(owned))
+        place = self._batches % WINDOW
+        self._owned[place], self._patches[place] = owned, len(owner)
         self._batches += 1
-        if self._shares is None:
-            self._shares = torch.zeros_like(shares)
-        self._shares = self._shares.lerp(shares, 1 / min(self._batches, STEPS))
-        return shares.min()
+        return owned.min() / len(owner)
 
     def after_step(self, progress: float) -> None:
-        """Tell of parts that died, or came back, on standard error; each once.
+        """Look, where it is due and the window is full.
 
         Args:
             progress: Share of the run's steps that are done, 0 to 1.
         """
         self._steps += 1
-        if self._steps % self._every or self._batches < STEPS or self._shares is None:
+        if self._steps % self._every == 0 and self._batches >= WINDOW:
+            self.look(progress)
+
+    def look(self, progress: float) -> None:
+        """Tell of parts that died, or came back, on standard error; each once.
+
+        Args:
+            progress: As of `after_step`.
+        """
+        if self._owned is None:
             return
-        for part, share in enumerate(self._shares.tolist()):
+        patches = sum(self._patches)
+        for part, owned in enumerate(self._owned.sum(dim=0).tolist()):
+            share = owned / patches
             if part not in self._dead and share < DEAD:
                 self._dead.add(part)
+                batches = min(self._batches, WINDOW)
                 print(
-                    f"part {part} owns {share:.2%} of the patches of the last {STEPS} batches, "
+                    f"part {part} owns {share:.2%} of the patches of the last {batches} batches, "
                     f"{progress:.0%} into the run: try fewer --num-parts, another "
                     "--diversity-weight, or another --seed",
                     file=sys.stderr,

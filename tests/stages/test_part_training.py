@@ -148,8 +148,21 @@ def test_learning__tells_of_a_part_that_dies(
     assert shares[-1] > 0
     with torch.no_grad():  # the same token as part 0, which ties go to
         anchors_of(task)[2] = anchors_of(task)[0]
-    steps(340)
+    steps(50)
     assert shares[-1] == 0
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert told.startswith("part 2 owns")
+
+
+def test_finish_epoch__tells_of_a_part_that_died_in_a_short_run(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = task_of(world, learn_options(world, tmp_path, class_share=0.0, background="none"))
+    with torch.no_grad():
+        anchors_of(task)[2] = anchors_of(task)[0]
+    task.loss(batch_of(task))
+    with Run(tmp_path / "run", 0, []) as run:
+        task.finish_epoch(1, run)
+    told = "part 2 owns 0.00% of the patches of the last 1 batches, 100% into the run"
+    assert told in capsys.readouterr().err
