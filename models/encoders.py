@@ -328,6 +328,8 @@ def build_encoder(
     heads: int | None = None,
     image_size: tuple[int, int] = (0, 0),
     reading: Reading = DEFAULT_READING,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
 ) -> FrozenEncoder:
     """A frozen encoder from what a weight file holds, in any layout that `foreign` knows.
 
@@ -337,13 +339,16 @@ def build_encoder(
         heads: As for `transformer_of`.
         image_size: Likewise.
         reading: Which blocks to read, and what of them.
+        mean: Of the pixels in [0, 1] it was trained on.
+        std: Likewise.
 
     Raises:
-        SettingError: The file holds no vision transformer, or not the blocks of the reading.
+        SettingError: The file holds no vision transformer, or not the blocks of the reading, or
+            its positions do not tell their grid.
         DamageError: Tensors are missing or do not fit.
     """
     model = transformer_of(state, name, heads, image_size)
-    return FrozenEncoder(model, name=name, reading=reading)
+    return FrozenEncoder(model, mean, std, name, reading)
 
 
 def untrained(encoder: FrozenEncoder, seed: int) -> FrozenEncoder:

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import Mlp, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import DamageError, SettingError
+from .vision import sincos_positions
 
 _WRAPPERS = ("teacher", "model", "student", "state_dict", "target_encoder", "encoder")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
@@ -115,10 +117,10 @@ def transformer_of(
         heads: Attention heads; by default what the file's ``architecture`` says, else those of
             the published vision transformer of that width: D / 64, but 16 from huge on.
         image_size: Pixels that the positions were made for; by default what the file's
-            ``architecture`` says, else a square.
+            ``architecture`` says, else what they themselves tell.
 
     Raises:
-        SettingError: The file holds no vision transformer.
+        SettingError: The file holds no vision transformer, or its positions do not tell their grid.
         DamageError: Tensors are missing or do not fit.
     """
     weights = encoder_weights(state, name)
@@ -133,8 +135,8 @@ def transformer_of(
     if width % heads:
         _refuse_misfits(name, [f"its width {width} is no multiple of {heads} heads"])
     if image_size == (0, 0):
-        side = math.isqrt(weights["pos_embed"].shape[1]) * patch_size
-        image_size = (side, side)
+        rows, columns = _grid_of(weights, name)
+        image_size = (rows * patch_size, columns * patch_size)
     patches = image_size[0] // patch_size * (image_size[1] // patch_size)
     weights = _fold_class_position(weights, patches)
     model = VisionTransformer(
@@ -157,6 +159,43 @@ def transformer_of(
     )
     model.load_state_dict(weights)
     return model
+
+
+def _grid_of(weights: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """The patches, down and across, that positions were made for, as far as they tell it.
+
+    Sine-cosine ones are those of one grid.  Learned ones are taken for a square's, but not where
+    all of them would be patches, beside a class token or registers: k x k positions without one of
+    the class token are as many as (k - 1) x (k + 1) with it.
+
+    Raises:
+        SettingError: They do not tell it.
+    """
+    positions = weights["pos_embed"]
+    count, width = positions.shape[1], positions.shape[-1]
+    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    others = {0, 1, 1 + registers} if "cls_token" in weights else {0, registers}
+    patches = [count - other for other in others if count > other]
+    if width % 4 == 0:
+        for rows, columns in ((n, many // n) for many in patches for n in _divisors(many)):
+            fixed = sincos_positions(width, (rows, columns))[:, -count:]
+            if fixed.shape == positions.shape and torch.allclose(
+                positions.float().cpu(), fixed, rtol=0, atol=1e-3
+            ):
+                return rows, columns
+    squares = [many for many in patches if math.isqrt(many) ** 2 == many]
+    if len(squares) != 1 or (squares[0] == count and len(others) > 1):
+        raise SettingError(
+            f"the {count} positions of {name} do not tell how many patches are down and how many "
+            "across: expected sine-cosine positions, or those of a square and one for the class "
+            "token; say the size of its images in a config.json beside it, as timm does: "
+            '{"pretrained_cfg": {"input_size": [3, HEIGHT, WIDTH]}}'
+        )
+    return math.isqrt(squares[0]), math.isqrt(squares[0])
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _fold_class_position(weights: dict[str, Tensor], patches: int) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from ..pipeline.training import fit
 from ..pipeline.wandb_log import refuse_missing_wandb
 from ..storage.checkpoints import checkpoints
 from .appearance_learning import PredictingAppearances, appearance_words
-from .networks import open_encoder
+from .networks import open_encoder, refuse_other_pixels
 from .pretrain import PretrainOptions, pretrain
 
 
@@ -152,6 +152,7 @@ def _pretrained(options: LearnEncoderOptions) -> Path:
 
 def _refuse_unfit(encoder: FrozenEncoder, name: str, options: LearnEncoderOptions) -> None:
     """Refuse an encoder that views cannot be made for."""
+    refuse_other_pixels(encoder, name)
     model = encoder.transformer
     if not are_sincos(model.pos_embed, model.patch_embed.grid_size) or encoder.pools:
         raise SettingError(

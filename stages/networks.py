@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.torch import save
 
-from ..errors import MismatchError, MissingError, SettingError
+from ..errors import DamageError, MismatchError, MissingError, SettingError
 from ..models.autoencoder import Architecture, MaskedAutoencoder
 from ..models.encoders import (
     FrozenEncoder,
@@ -56,7 +58,7 @@ def open_encoder(
         _weights_of({}, weights, named)
         return timm_encoder(named.removeprefix("timm:"), reading=reading or DEFAULT_READING)
     path = _file_of(named)
-    return _encoder_of(_weights_of(load_checkpoint(path), weights, named), str(path), reading)
+    return _encoder_of(_weights_of(load_checkpoint(path), weights, named), path, reading)
 
 
 def _weights_of(state: dict[str, Any], weights: Weights, name: str) -> dict[str, Any]:
@@ -79,21 +81,32 @@ def open_start(named: str, weights: Weights = "trained") -> Start:
         weights: Likewise.
 
     Raises:
-        SettingError, MissingError, DamageError: As `open_encoder`; also SettingError where timm's
-            network takes pixels normalised otherwise than pretraining gives them.
+        SettingError, MissingError, DamageError: As `open_encoder`; also SettingError as of
+            `refuse_other_pixels`.
     """
-    if not named.startswith("timm:"):
+    state: dict[str, Any] = {}
+    if named.startswith("timm:"):
+        encoder = open_encoder(named, weights=weights)
+    else:
         path = _file_of(named)
         state = _weights_of(load_checkpoint(path), weights, named)
-        return start_of(state, _encoder_of(state, str(path)).transformer, named)
-    encoder = open_encoder(named, weights=weights)
+        encoder = _encoder_of(state, path)
+    refuse_other_pixels(encoder, named)
+    return start_of(state, encoder.transformer, named)
+
+
+def refuse_other_pixels(encoder: FrozenEncoder, named: str) -> None:
+    """Refuse to train on an encoder whose pixels are not normalised as those of our runs.
+
+    Raises:
+        SettingError: They are normalised otherwise.
+    """
     mean, std = tuple(encoder.mean.tolist()), tuple(encoder.std.tolist())
     if not np.allclose([mean, std], [IMAGENET_MEAN, IMAGENET_STD]):
         raise SettingError(
             f"{named} takes pixels of mean {mean} and deviation {std}, pretraining gives "
             f"{IMAGENET_MEAN} and {IMAGENET_STD}: name another network to start from"
         )
-    return start_of({}, encoder.transformer, named)
 
 
 def _file_of(named: str) -> Path:
@@ -104,7 +117,8 @@ def _file_of(named: str) -> Path:
     return resolve_checkpoint(Path(named))
 
 
-def _encoder_of(state: dict[str, Any], name: str, reading: Reading | None = None) -> FrozenEncoder:
+def _encoder_of(state: dict[str, Any], path: Path, reading: Reading | None = None) -> FrozenEncoder:
+    name = str(path)
     if state.get("kind") == "parts":
         raise SettingError(
             f"{name} is a part learner: expected an encoder, such as the run it was learned on"
@@ -121,7 +135,44 @@ def _encoder_of(state: dict[str, Any], name: str, reading: Reading | None = None
     reading = reading or DEFAULT_READING
     if record.get("timm"):
         return timm_encoder_again(TimmNetwork(**record["timm"]), state["model"], name, reading)
-    return build_encoder({**state, **record}, name, reading=reading)
+    size, mean, std = (0, 0), record.get("mean", IMAGENET_MEAN), record.get("std", IMAGENET_STD)
+    if not (record or "kind" in state):
+        size, mean, std = _told_beside(path)
+    return build_encoder({**state, **record}, name, None, size, reading, mean, std)
+
+
+def _told_beside(path: Path) -> tuple[tuple[int, int], Sequence[float], Sequence[float]]:
+    """The images that a file of others takes: their size, and mean and deviation of their pixels.
+
+    Its tensors tell none of it; timm's ``config.json`` does, where it lies beside.  The size is
+    (0, 0) where nothing tells it, mean and deviation are ImageNet's; one line says which are taken.
+
+    Raises:
+        DamageError: The ``config.json`` beside the file is none.
+    """
+    beside = path.with_name("config.json")
+    told: dict[str, Any] = {}
+    try:
+        if beside.is_file():
+            told = json.loads(beside.read_text()).get("pretrained_cfg") or {}
+        _, height, width = (int(side) for side in told.get("input_size", (3, 0, 0)))
+        mean, std = (
+            tuple(float(value) for value in told.get(of, usual))
+            for of, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
+        )
+        known = len(mean) == len(std) == 3
+    except (ValueError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise DamageError(
+            f"{beside} is not what timm writes beside weights: expected JSON with input_size, mean "
+            'and std, three numbers each, under "pretrained_cfg"; put it right, or remove it'
+        )
+    why = "ImageNet's, as no config.json beside it says others"
+    if told.keys() >= {"mean", "std"}:
+        why = "as config.json beside it says"
+    print(f"{path} is given pixels of mean {mean} and deviation {std}, {why}", file=sys.stderr)
+    return (height, width), mean, std
 
 
 RECORD = "semmae"
@@ -139,6 +190,8 @@ def encoder_file(encoder: FrozenEncoder) -> bytes:
     record = {
         "architecture": {"heads": encoder.heads, "image_size": encoder.native_size},
         "reading": asdict(encoder.reading),
+        "mean": encoder.mean.tolist(),
+        "std": encoder.std.tolist(),
         "timm": asdict(encoder.timm) if encoder.timm else None,
     }
     tensors = {name: t.contiguous() for name, t in encoder.transformer.state_dict().items()}
@@ -229,7 +282,7 @@ def open_learner(folder: Path) -> TrainedLearner:
             "the --output of `semmae stage1 learn-parts`"
         )
     encoder_path = path.parent.parent / ENCODER_FILE
-    encoder = _encoder_of(load_checkpoint(encoder_path), str(encoder_path))
+    encoder = _encoder_of(load_checkpoint(encoder_path), encoder_path)
     learner = learner_of(state, path).eval().requires_grad_(False)
     height, width = state["architecture"]["image_size"]
     both = hashlib.sha256(f"{file_hash(path)}{file_hash(encoder_path)}".encode()).hexdigest()

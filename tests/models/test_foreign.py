@@ -15,7 +15,7 @@ from semmae.errors import DamageError, SettingError
 from semmae.models.autoencoder import Architecture, MaskedAutoencoder
 from semmae.models.encoders import FrozenEncoder, build_encoder
 from semmae.models.foreign import encoder_weights
-from semmae.models.vision import normalise
+from semmae.models.vision import normalise, sincos_positions
 from semmae.storage.checkpoints import load_checkpoint
 
 WIDTH = 64
@@ -298,6 +298,51 @@ def test_build_encoder__reads_dinov2_giant(tmp_path: Path) -> None:
 def test_build_encoder__reads_what_timm_wrote(changes: dict[str, Any], tmp_path: Path) -> None:
     model = reference(**changes)
     assert_same(saved_and_built(model.state_dict(), tmp_path, image_size=(32, 32)), model)
+
+
+RECTANGLE = (24, 64)
+"""3 x 8 patches: with the class token's, 25 positions."""
+
+
+@torch.no_grad()
+def assert_same_rectangles(built: FrozenEncoder, model: VisionTransformer) -> None:
+    images = random_images(RECTANGLE)
+    expected = model.forward_features(normalise(images, built.mean, built.std))
+    found = built(images).patches
+    torch.testing.assert_close(found, expected[:, model.num_prefix_tokens :], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_build_encoder__sine_cosine_positions_tell_their_grid(class_token: bool) -> None:
+    pools: dict[str, Any] = {} if class_token else {"global_pool": "avg", "fc_norm": False}
+    model = reference(img_size=RECTANGLE, class_token=class_token, **pools)
+    fixed = sincos_positions(WIDTH, (3, 8))
+    model.pos_embed.data.copy_(fixed if class_token else fixed[:, 1:])
+    built = build_encoder(model.state_dict(), "file")
+    assert built.native_size == RECTANGLE
+    assert_same_rectangles(built, model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"img_size": RECTANGLE},
+        {"img_size": (24, 48)},
+        {"no_embed_class": True},
+        {"no_embed_class": True, "reg_tokens": 4},
+        {"img_size": RECTANGLE, "class_token": False, "global_pool": "avg", "fc_norm": False},
+    ],
+    ids=str,
+)
+def test_build_encoder__positions_that_do_not_tell_their_grid_are_refused(
+    changes: dict[str, Any],
+) -> None:
+    model = reference(**changes)
+    count = model.pos_embed.shape[1]
+    with pytest.raises(SettingError, match=f"the {count} positions of some/file.pth do not tell"):
+        build_encoder(model.state_dict(), "some/file.pth")
+    size = changes.get("img_size", (32, 32))
+    assert build_encoder(model.state_dict(), "file", image_size=size).native_size == size
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def weight_file_of(folder: Path, **changes: Any) -> Path:
-    """A file of a transformer as timm names it, every tensor away from where it starts."""
+    """A file of a transformer as timm names it, every tensor away from where it starts.
+
+    Beside it is what says the grid of positions that do not tell it.
+    """
     torch.manual_seed(0)
     shape: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2}
     model = VisionTransformer(**{**shape, "num_heads": 1, "num_classes": 0, **changes})
@@ -59,6 +62,8 @@ def weight_file_of(folder: Path, **changes: Any) -> Path:
             parameter.add_(0.1 * torch.randn_like(parameter))
     path = folder / "weights.pth"
     torch.save(model.state_dict(), path)
+    config = {"pretrained_cfg": {"input_size": [3, *model.patch_embed.img_size]}}
+    (folder / "config.json").write_text(json.dumps(config))
     return path
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from semmae.errors import MissingError, SettingError
 from semmae.models.encoders import Tokens
@@ -164,6 +165,15 @@ def test_learn_encoder__a_start_of_another_size_is_refused(world: World, tmp_pat
     with pytest.raises(SettingError, match="has patches of 8 pixels and images of 32 x 32"):
         learn_encoder(options_of(world, tmp_path / "run", image_size=48))
     assert not (tmp_path / "run").exists()
+
+
+def test_learn_encoder__a_start_of_other_pixels_is_refused(world: World, tmp_path: Path) -> None:
+    start = tmp_path / "start.safetensors"
+    weights = open_encoder(str(world.encoder)).transformer.state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, start)
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": {"mean": [0.5, 0.5, 0.5]}}')
+    with pytest.raises(SettingError, match="takes pixels of mean"):
+        learn_encoder(options_of(world, tmp_path / "run", start=str(start)))
 
 
 @pytest.mark.parametrize(

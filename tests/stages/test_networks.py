@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from semmae.errors import MismatchError, SettingError
+from semmae.errors import DamageError, MismatchError, SettingError
 from semmae.models.encoders import FrozenEncoder, timm_encoder
 from semmae.models.readings import DEFAULT_READING, Facet, Reading
 from semmae.stages.export import ExportOptions, export
@@ -20,6 +20,7 @@ from semmae.stages.networks import (
     image_size_of,
     open_encoder,
     open_learner,
+    open_start,
     parse_reading,
     save_encoder,
 )
@@ -127,6 +128,65 @@ def test_open_encoder__other_files_are_read_by_the_last_block(world: World, tmp_
     for note in ("of a book", '{"blocks": 1}', "[1]", "null"):
         save_file(weights, str(foreign), {"reading": note})
         assert open_encoder(str(foreign)).reading == DEFAULT_READING
+
+
+def written(model: VisionTransformer, folder: Path, config: object) -> str:
+    """A file of weights, and beside it a ``config.json``."""
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder / "model.safetensors")
+
+
+def test_open_encoder__takes_the_pixels_that_a_config_beside_the_file_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny().transformer
+    config = {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.25] * 3}}
+    named = written(model, tmp_path, config)
+    encoder = open_encoder(named)
+    assert capsys.readouterr().err == (
+        f"{named} is given pixels of mean (0.5, 0.5, 0.5) and deviation (0.25, 0.25, 0.25), as "
+        "config.json beside it says\n"
+    )
+    assert_same_tokens(encoder, FrozenEncoder(model, [0.5] * 3, [0.25] * 3))
+    (tmp_path / "learner").mkdir()
+    assert_same_tokens(open_encoder(saved(encoder, tmp_path / "learner")), encoder)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SettingError, match=r"takes pixels of mean \(0.5, 0.5, 0.5\)"):
+        open_start(named)
+
+
+def test_open_encoder__says_which_pixels_it_assumes(
+    tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = written(tiny().transformer, tmp_path, {"hidden_size": 64})
+    encoder = open_encoder(named)
+    assert encoder.mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert "and deviation (0.229, 0.224, 0.225), ImageNet's, as no" in capsys.readouterr().err
+    open_encoder(str(world.encoder))
+    assert capsys.readouterr().err == ""
+
+
+def test_open_encoder__a_config_beside_the_file_says_the_grid(tmp_path: Path) -> None:
+    model = VisionTransformer(
+        img_size=(24, 64), patch_size=8, embed_dim=64, depth=1, num_heads=1, num_classes=0
+    )
+    named = written(model, tmp_path, {"pretrained_cfg": {"input_size": [3, 24, 64]}})
+    assert open_encoder(named).native_size == (24, 64)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [[], {"pretrained_cfg": [1]}, {"pretrained_cfg": {"mean": 0.5}}]
+    + [{"pretrained_cfg": {of: [1, 2]}} for of in ("input_size", "mean", "std")],
+    ids=str,
+)
+def test_open_encoder__a_config_beside_the_file_that_is_none_is_one_sentence(
+    tmp_path: Path, config: object
+) -> None:
+    named = written(tiny().transformer, tmp_path, config)
+    with pytest.raises(DamageError, match=r"config.json is not what timm writes beside weights"):
+        open_encoder(named)
 
 
 def test_open_learner__its_encoder_reads_as_it_was_saved(world: World, tmp_path: Path) -> None:
