@@ -165,8 +165,9 @@ def _grid_of(weights: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     """The patches, down and across, that positions were made for, as far as they tell it.
 
     Sine-cosine ones are those of one grid.  Learned ones are taken for a square's, but not where
-    all of them would be patches, beside a class token or registers: k x k positions without one of
-    the class token are as many as (k - 1) x (k + 1) with it.
+    all of them would be patches beside a class token: k x k positions without one of that token
+    are as many as (k - 1) x (k + 1) with it.  Beside registers they are patches, as timm's
+    networks with registers have them.
 
     Raises:
         SettingError: They do not tell it.
@@ -184,7 +185,7 @@ def _grid_of(weights: Mapping[str, Tensor], name: str) -> tuple[int, int]:
             ):
                 return rows, columns
     squares = [many for many in patches if math.isqrt(many) ** 2 == many]
-    if len(squares) != 1 or (squares[0] == count and len(others) > 1):
+    if len(squares) != 1 or (squares[0] == count and len(others) > 1 and not registers):
         raise SettingError(
             f"the {count} positions of {name} do not tell how many patches are down and how many "
             "across: expected sine-cosine positions, or those of a square and one for the class "

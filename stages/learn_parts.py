@@ -89,7 +89,8 @@ class LearnPartsOptions(TrainingOptions):
     ] = "auto"
     part_order: Annotated[
         Literal["area", "direction"],
-        "Part ids at the start: by falling area, or along the first principal direction.",
+        "Part ids at the start, of anchored and kmeans: by falling area, or along the first "
+        "principal direction.",
     ] = "area"
     class_share: Annotated[float, "Weight of the class-token term in anchored part tokens."] = 0.2
     temperature: Annotated[float, "Of the softmax over parts."] = 0.1
@@ -194,6 +195,12 @@ class LearnPartsOptions(TrainingOptions):
                 f"--variant {self.variant} is told neither by places nor by tokens: expected no "
                 "--told-by"
             )
+        ordered = ("anchored", "kmeans")
+        if self.part_order != "area" and self.variant not in ordered:
+            raise SettingError(
+                f"--part-order is {self.part_order}, and --variant {self.variant} has no clusters "
+                f"of the data to put in order: drop it, or take --variant {' or '.join(ordered)}"
+            )
         self._refuse_idle_weights()
 
     def _refuse_idle_weights(self) -> None:
@@ -208,10 +215,12 @@ class LearnPartsOptions(TrainingOptions):
                 "--feature-weight, --pixel-weight and --perceptual-weight are all 0: nothing "
                 "would be rebuilt; expected one above 0"
             )
-        if self.variant not in LEARNED and (self.perceptual_weight or self.consistency_weight):
+        losses = ("feature_weight", "pixel_weight", "perceptual_weight", "consistency_weight")
+        if self.variant not in LEARNED and any(getattr(self, name) for name in losses):
             raise SettingError(
-                f"--variant {self.variant} has nothing to train: expected --perceptual-weight and "
-                f"--consistency-weight 0, or --variant {' or '.join(LEARNED)}"
+                f"--variant {self.variant} has nothing to train: expected --feature-weight, "
+                "--pixel-weight, --perceptual-weight and --consistency-weight 0, or --variant "
+                f"{' or '.join(LEARNED)}"
             )
 
     def architecture(self, width: int, **measured: Any) -> PartArchitecture:
@@ -334,6 +343,7 @@ def _learn_parts(options: LearnPartsOptions) -> Path:
             "another --encoder or --variant"
         )
     size = image_size_of(options.image_size, encoder.native_size, encoder.patch_size)
+    _refuse_one_patch(_grid(size, encoder), options)
     learner = None
     if state is not None:
         learner = learner_of(state, options.output)
@@ -356,6 +366,15 @@ def _learn_parts(options: LearnPartsOptions) -> Path:
         data = CachedTokens(tokens, whole.fingerprint, learner, _grid(size, encoder), views)
     task = PartLearning(encoder, learner, data, whole, options, size)
     return fit(task, options) if learned else keep(task, options)
+
+
+def _refuse_one_patch(grid: tuple[int, int], options: LearnPartsOptions) -> None:
+    """Refuse to rebuild pixels of one patch, whose decoder normalises over the patches."""
+    if grid == (1, 1) and options.variant in LEARNED and options.rebuilds_pixels:
+        raise SettingError(
+            "an image is one patch, and pixels are rebuilt from two or more: expected a larger "
+            "--image-size, or --variant anchored with --pixel-weight and --perceptual-weight 0"
+        )
 
 
 def _grid(size: tuple[int, int], encoder: FrozenEncoder) -> tuple[int, int]:

@@ -169,7 +169,7 @@ def _told_beside(path: Path) -> tuple[tuple[int, int], Sequence[float], Sequence
             'and std, three numbers each, under "pretrained_cfg"; put it right, or remove it'
         )
     why = "ImageNet's, as no config.json beside it says others"
-    if told.keys() >= {"mean", "std"}:
+    if told.keys() & {"mean", "std"}:
         why = "as config.json beside it says"
     print(f"{path} is given pixels of mean {mean} and deviation {std}, {why}", file=sys.stderr)
     return (height, width), mean, std

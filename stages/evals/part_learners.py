@@ -90,13 +90,28 @@ def measure_learner(options: "PartsOptions") -> dict[str, float]:
     if options.baselines:
         for baseline in BASELINES:
             tokens = whole.tokens["whole"]
+            if baseline == "attention" and trained.encoder.transformer.cls_token is None:
+                print(
+                    "the baseline attention is left out: it is of the class token, and "
+                    f"{trained.encoder.name} has none",
+                    file=sys.stderr,
+                )
+                continue
             try:
                 made = beside(trained.learner, tokens, trained.grid, baseline, options.seed)
             except SettingError as error:  # what was asked for is the learner
                 print(f"the baseline {baseline} is left out: {error}", file=sys.stderr)
             else:
                 subjects[baseline] = made.to(device)
-    moved = session.views(images, whole.positions, MOVED, "reading other views")
+    views = MOVED
+    if min(trained.grid) == 1:
+        views = tuple(view for view in MOVED if view != "shift")
+        print(
+            f"agreement under shift is left out: of {trained.grid[0]} x {trained.grid[1]} patches "
+            "none stays in view when the image is moved by one down and across",
+            file=sys.stderr,
+        )
+    moved = session.views(images, whole.positions, views, "reading other views")
     found = parts_of(subjects, whole, moved, trained.grid, options.feature_batch)
     metrics: dict[str, float] = {}
     for name, parts in found.items():

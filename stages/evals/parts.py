@@ -97,12 +97,14 @@ def measure_parts(options: PartsOptions) -> dict[str, float]:
           ``in_image_fg_ari``, and ``true.coherence`` of the labels.
         - For a learner also ``confidence`` (mean margin), ``class_share`` where images have
           classes, ``cluster_share`` (clusters of class tokens), both on object patches, and
-          ``flip_agreement``, ``shift_agreement``, ``crop_agreement``, each also ``_fg`` on object
-          patches: those not background, by the true labels or else by the learner.
+          ``flip_agreement``, ``shift_agreement`` (of two rows and columns or more),
+          ``crop_agreement``, each also ``_fg`` on object patches: those not background, by the true
+          labels or else by the learner.
         - Of baselines the same under ``kmeans.``, ``bare_kmeans.``, ``image_kmeans.``, ``colour.``,
           ``attention.`` and ``grid.``; for a store the agreement with true labels of ``colour.``
           (no background set apart) and ``grid.`` alone.  One that cannot be, as a grid of too few
-          patches for its cells, is left out, and standard error says why.
+          patches for its cells or the attention of no class token, is left out, and standard error
+          says why.
         - ``probe.fg_nmi``, ``probe.fg_ari``, ``probe.accuracy``: see `part_probe`.
         - ``bad_images``, a count: images that cannot be read and are left out, if there are any.
 

@@ -323,13 +323,17 @@ def test_build_encoder__sine_cosine_positions_tell_their_grid(class_token: bool)
     assert_same_rectangles(built, model)
 
 
+def test_build_encoder__positions_beside_registers_are_of_patches_alone() -> None:
+    model = reference(no_embed_class=True, reg_tokens=4)
+    assert build_encoder(model.state_dict(), "file").native_size == (32, 32)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"img_size": RECTANGLE},
         {"img_size": (24, 48)},
         {"no_embed_class": True},
-        {"no_embed_class": True, "reg_tokens": 4},
         {"img_size": RECTANGLE, "class_token": False, "global_pool": "avg", "fc_norm": False},
     ],
     ids=str,

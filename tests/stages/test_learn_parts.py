@@ -206,7 +206,9 @@ def test_learn_parts__consistency_is_a_loss(
     assert line["loss"] == pytest.approx(listed, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["perceptual_weight", "consistency_weight"])
+@pytest.mark.parametrize(
+    "name", ["feature_weight", "pixel_weight", "perceptual_weight", "consistency_weight"]
+)
 def test_learn_parts__baselines_refuse_weights_of_losses(
     world: World, tmp_path: Path, name: str
 ) -> None:
@@ -287,6 +289,20 @@ def test_learn_parts__refuses_places_where_they_tell_nothing(
 ) -> None:
     with pytest.raises(SettingError, match="told neither by places nor by tokens"):
         learn_options(world, tmp_path, variant=variant, told_by="places")
+
+
+@pytest.mark.parametrize("variant", ["paper", "image-kmeans", "colour", "attention", "grid"])
+def test_learn_parts__refuses_an_order_of_what_is_not_ordered(
+    world: World, tmp_path: Path, variant: str
+) -> None:
+    with pytest.raises(SettingError, match=f"--part-order is direction, and --variant {variant}"):
+        learn_options(world, tmp_path, variant=variant, part_order="direction")
+
+
+def test_learn_parts__refuses_to_rebuild_pixels_of_one_patch(world: World, tmp_path: Path) -> None:
+    options = learn_options(world, tmp_path / "run", variant="paper", image_size="8")
+    with pytest.raises(SettingError, match="an image is one patch, and pixels are rebuilt from"):
+        learn_parts(options)
 
 
 def test_learn_parts__refuses_a_background_that_the_variant_lacks(

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from semmae import cli
 from semmae.errors import MissingError, SettingError
+from semmae.models.encoders import FrozenEncoder
 from semmae.pipeline.image_source import drawn
 from semmae.pipeline.sources import list_images
 from semmae.stages.evals import part_probe
@@ -28,7 +30,7 @@ from semmae.stages.evals.parts import (
 from semmae.stages.import_parts import ImportPartsOptions, import_parts
 from semmae.stages.label_images import true_labels
 from semmae.stages.learn_parts import learn_parts
-from semmae.stages.networks import open_learner
+from semmae.stages.networks import open_learner, save_encoder
 from semmae.storage.part_store import PartStore
 from semmae.storage.results import read_results
 from semmae.tests.world import World, learn_options
@@ -101,6 +103,25 @@ def test_measure_parts__leaves_out_a_baseline_that_cannot_be(
         assert [name for name in metrics if name.startswith("colour.")]
         assert not [name for name in metrics if name.startswith("grid.")]
     assert told.count("the baseline grid is left out: a grid of 4 x 4 patches cannot be cut") == 2
+
+
+def test_measure_parts__leaves_out_the_attention_of_no_class_token_and_the_shift_of_one_row(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=1, num_classes=0,
+        class_token=False, global_pool="avg",
+    )  # fmt: skip
+    save_encoder(FrozenEncoder(model), tmp_path / "pooled.safetensors")
+    changes = {"variant": "kmeans", "background": "none", "image_size": "8x32"}
+    encoder = str(tmp_path / "pooled.safetensors")
+    learn_parts(learn_options(world, tmp_path / "learner", encoder=encoder, **changes))
+    metrics = measure_parts(options_for(world, tmp_path, learner=tmp_path / "learner", images=9))
+    assert {"flip_agreement", "crop_agreement", "kmeans.coherence"} <= metrics.keys()
+    assert not [name for name in metrics if "shift" in name or name.startswith("attention.")]
+    told = capsys.readouterr().err
+    assert "the baseline attention is left out: it is of the class token, and" in told
+    assert "agreement under shift is left out: of 1 x 4 patches none stays in view" in told
 
 
 def test_measure_parts__the_sample_follows_the_seed_for_stores(
