@@ -11,11 +11,12 @@ import functools
 import importlib
 import inspect
 import os
+import signal
 import sys
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -228,18 +229,12 @@ def _with_flags(table: str, registered: _Registered) -> Any:
         if dry:
             registered.forecast(resolved)
             return
-        try:
-            with contextlib.redirect_stdout(sys.stdout if _speaks() else None):
-                registered.run(resolved)
-        except KeyboardInterrupt:
-            if _speaks():
-                print("semmae: interrupted; the same command goes on from there", file=sys.stderr)
-            raise typer.Exit(130) from None
+        with _interruptible(), contextlib.redirect_stdout(sys.stdout if _speaks() else None):
+            registered.run(resolved)
 
     parameters, fields = [], _fields(registered.options)
     for field, (kind, text, default) in fields.items():
-        # What an optimiser step sees, in all parts and processes that it is computed in.
-        also = ["--effective-batch"] if field == "batch_size" and "micro_batch" in fields else []
+        also = [_flag(name) for name, of in _aliases(fields).items() if of == field]
         parameter = _parameter(field, kind, text, default, *also)
         if field in registered.arguments:
             place = typer.Argument(help=text, show_default=False)
@@ -252,6 +247,40 @@ def _with_flags(table: str, registered: _Registered) -> Any:
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     alone.command(table.rpartition(".")[2], help=registered.run.__doc__)(body)
     return typer.main.get_command(alone)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within, Ctrl-C and SIGTERM, as batch systems send it, end the command in one sentence."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(number)  # what Ray's own handler, which replaces this one, raises
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code != signal.SIGTERM:
+            raise
+        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+        if _speaks():
+            told = f"semmae: interrupted ({number.name}); the same command goes on from there"
+            print(told, file=sys.stderr)
+        raise typer.Exit(128 + number) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _aliases(fields: Collection[str]) -> dict[str, str]:
+    """Other names of some fields."""
+    # What an optimiser step sees, in all parts and processes that it is computed in.
+    return {"effective_batch": "batch_size"} if "micro_batch" in fields else {}
+
+
+def _field_of(key: str, fields: Collection[str]) -> str:
+    """The field that a key of a settings file names."""
+    name = key.replace("-", "_")
+    return _aliases(fields).get(name, name)
 
 
 def read_settings(path: Path = SETTINGS_FILE) -> dict[str, Any]:
@@ -271,7 +300,7 @@ def read_settings(path: Path = SETTINGS_FILE) -> dict[str, Any]:
     tables = _flattened(content)
     for table, values in tables.items():
         fields = SHARED_KEYS if table == "shared" else tuple(_fields(COMMANDS[table].options))
-        spelt = [key.replace("-", "_") for key in values]
+        spelt = [_field_of(key, fields) for key in values]
         unknown = sorted(set(spelt) - set(fields))
         if unknown:
             known = ", ".join(field.replace("_", "-") for field in fields)
@@ -280,7 +309,9 @@ def read_settings(path: Path = SETTINGS_FILE) -> dict[str, Any]:
             )
         doubled = sorted({key for key in spelt if spelt.count(key) > 1})
         if doubled:
-            raise SettingError(f"{path}: [{table}] says {', '.join(doubled)} twice, with - and _")
+            raise SettingError(
+                f"{path}: [{table}] says {', '.join(doubled)} twice, in two spellings"
+            )
     for key, table in WRITTEN_BY.items():
         read, written = tables.get("shared", {}).get(key), tables.get(table, {}).get("output")
         if read is not None and written is not None and read != written:
@@ -324,7 +355,7 @@ def resolve(table: str, options: type, given: Mapping[str, Any]) -> Any:
     values: dict[str, Any] = {}
     for source in ("shared", table):
         for key, value in tables.get(source, {}).items():
-            name = key.replace("-", "_")
+            name = _field_of(key, fields)
             if name in fields:
                 values[name] = _typed(fields[name][0], value, f"{SETTINGS_FILE}: [{source}] {key}")
     for name, value in given.items():

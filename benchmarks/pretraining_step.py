@@ -3,14 +3,16 @@
 Run it::
 
     python -m semmae.benchmarks.pretraining_step [--size base] [--batch 8] [--rounds 9]
-        [--precision fp32] [--compile]
+        [--precision fp32] [--compile] [--device cuda --peak 989]
 
 A step is loss, gradients and AdamW; its FLOPs are counted as training counts them for its logs.
 The plain step is MAE's as it is usually written: a convolution embeds all patches, decoder and loss
 see all of them, AdamW goes through lists of tensors, and the faster of timm's two attention paths
 is taken.  The limit is every matrix product of our step, forward and backward, attention's among
 them, and nothing else.  With ``--compile`` ours is also timed compiled, as ``stage2 pretrain
---compile`` computes it.  All are timed in turn, one thread, CPU time; GPUs by events.
+--compile`` computes it; ``--peak`` tells the device's peak in TFLOP/s (an H100 or H200 has 989 in
+dense bf16, by its data sheet), for the share of it that our step executes.  All are timed in turn,
+one thread, CPU time; GPUs by events.
 """
 
 import argparse
@@ -174,6 +176,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--peak", type=float, help="TFLOP/s of the device, such as 989")
     given = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(given.device)
@@ -207,8 +210,12 @@ def main() -> None:
     with FlopCount() as count:
         step()
     done = count.flops / 1e12
-    print(f"{own.mean() / given.batch * 1e3:.1f} ms an image")
+    each = own.mean() / given.batch
+    print(f"{each * 1e3:.1f} ms an image, {1 / each:.1f} images/s")
     print(f"{done / given.batch:.4f} TFLOP an image, {done / own.mean():.3f} TFLOP/s")
+    if given.peak:
+        shares = done / own / given.peak
+        print(f"share of the device's {given.peak:g} TFLOP/s: {interval(shares.tolist())}")
     print(f"over the plain step ({best}): {interval((np.array(taken[best]) / own).tolist())}")
     if given.compile:
         ratios = np.array(taken[best]) / np.array(taken["compiled"])

@@ -1,6 +1,8 @@
 import errno
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -139,20 +141,24 @@ def test_cli__too_many_workers_are_one_sentence(semmae: Command, world: World) -
     assert_one_sentence(outcome, "--workers is 640", "CPU")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_cli__an_interrupted_command_says_how_to_go_on(
-    semmae: Command, world: World, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, semmae: Command, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from semmae.stages import pretrain
 
     def interrupted(*arguments: object) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        time.sleep(60)  # until the signal comes
 
     monkeypatch.setattr(pretrain, "fit", interrupted)
+    before = signal.getsignal(number)
     outcome = semmae(
         *("stage2", "pretrain", "--data", world.data, "--masking", "random", "--output", "run")
     )
-    assert outcome.code == 130
-    assert_one_sentence(outcome, "goes on")
+    assert outcome.code == 128 + number
+    assert_one_sentence(outcome, f"interrupted ({number.name}); the same command goes on")
+    assert signal.getsignal(number) is before
 
 
 class OutOfMemoryError(RuntimeError):
@@ -239,6 +245,19 @@ def test_settings__flag_over_table_over_shared(semmae: Command, tmp_path: Path) 
     assert "seed = 2" in resolved
     assert "gamma = 3.0" in resolved
     assert "batch_size = 16" in resolved
+
+
+def test_settings__the_batch_of_an_optimiser_step_has_two_names(
+    semmae: Command, tmp_path: Path
+) -> None:
+    place = tmp_path / "semmae.toml"
+    given = ("stage2", "pretrain", "--data", "d", "--output", "run", "--dry-run")
+    place.write_text("[stage2.pretrain]\neffective-batch = 48\n")
+    assert "  batch_size = 48" in semmae(*given).err
+    place.write_text("[stage2.pretrain]\neffective-batch = 48\nbatch-size = 48\n")
+    assert_one_sentence(semmae(*given), "says batch_size twice")
+    place.write_text("[eval.linear]\neffective-batch = 48\n")
+    assert_one_sentence(semmae(*given), "[eval.linear] has no key effective_batch")
 
 
 def test_settings__a_number_is_taken_as_text_where_text_is_wanted(

@@ -86,8 +86,11 @@ IN_PARTS = {"predicted_share": 0.4, "micro_batch": 0}
 @pytest.mark.parametrize(
     ("stage", "options", "changes"),
     [
-        (pretrain, pretrain_options, {"sharding": "fsdp", **IN_PARTS}),
+        (pretrain, pretrain_options, {"sharding": "fsdp", "recompute": True, **IN_PARTS}),
+        slow(pretrain, pretrain_options, {"sharding": "fsdp", **IN_PARTS}),
         slow(pretrain, pretrain_options, IN_PARTS),
+        slow(pretrain, pretrain_options, {"compile": True, **IN_PARTS}),
+        slow(pretrain, pretrain_options, {"compile": True, "sharding": "fsdp", **IN_PARTS}),
         slow(learn_parts, learn_options, {}),
         slow(learn_parts, learn_options, {"sharding": "fsdp"}),
         slow(learn_parts, learn_options, {"variant": "kmeans"}),
@@ -103,7 +106,9 @@ def test_stages__in_two_processes_train_as_in_one(
     changes: dict[str, Any],
     world: World,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     one, two = tmp_path / "one", tmp_path / "two"
     given = {"micro_batch": 8, **changes}
     before = torch.get_num_threads()
