@@ -1,7 +1,7 @@
 """Self-distillation of patch tokens, as the trainer sees it: `learn-encoder --method distil`.
 
 It is iBOT's idea, a student that gives each patch the prototypes of a slow teacher, by lightly's
-head and Sinkhorn's algorithm, with these deviations:
+head and SwAV loss, with these deviations:
 
 - Deviation: student and teacher see different crops in different colours, and a patch is compared
   with the same place of the other crop.  iBOT compares a masked patch with itself, which leaves
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import MissingError
 from ..models.distillation import Distillation, encoded, kept_patches
@@ -28,12 +27,12 @@ from ..pipeline.views import View, meeting_places, patches_at, recoloured
 from .encoder_learning import EncoderLearning
 
 try:
-    from lightly.loss.swav_loss import sinkhorn
+    from lightly.loss.swav_loss import SwaVLoss, sinkhorn
     from lightly.models.modules.heads import DINOProjectionHead
 except ModuleNotFoundError as error:
     raise MissingError(
-        "--method distil takes its head and Sinkhorn's algorithm from lightly, which is not "
-        "installed: pip install 'semmae[encoder]'"
+        "--method distil takes its head and its loss from lightly, which is not installed: "
+        "pip install 'semmae[encoder]'"
     ) from error
 
 if TYPE_CHECKING:
@@ -65,6 +64,7 @@ class Distilling(EncoderLearning):
         self.model = self._model = Distillation(
             start.transformer, lambda: _prototype_head(start.width, options.prototypes)
         )
+        self._loss = SwaVLoss(temperature=TEMPERATURES[1])
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy between the teacher's prototypes and the student's, place by place."""
@@ -81,8 +81,7 @@ class Distilling(EncoderLearning):
             scores = model.teacher_head(there).float()
             targets = sinkhorn(scores, epsilon=TEMPERATURES[0])
         learned = encoded(model.student, seen.pixels, kept)[:, 1:][inside]
-        found = F.log_softmax(model.student_head(learned).float() / TEMPERATURES[1], dim=1)
-        loss = -(targets * found).sum(dim=1).mean()
+        loss = self._loss.subloss(model.student_head(learned).float(), targets)
         return loss, {"prototypes": _in_use(targets)}
 
     def _view(self, images: Tensor) -> View:
