@@ -305,6 +305,15 @@ def test_learn_parts__refuses_to_rebuild_pixels_of_one_patch(world: World, tmp_p
         learn_parts(options)
 
 
+@pytest.mark.parametrize("variant", ["paper", "anchored"])
+def test_learn_parts__learns_of_images_of_one_row(
+    world: World, tmp_path: Path, variant: str
+) -> None:
+    changes = {"variant": variant, "image_size": "8x32", "consistency_weight": 0.1}
+    learn_parts(learn_options(world, tmp_path, **changes))
+    assert open_learner(tmp_path).grid == (1, 4)
+
+
 def test_learn_parts__refuses_a_background_that_the_variant_lacks(
     world: World, tmp_path: Path
 ) -> None:
