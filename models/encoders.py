@@ -26,6 +26,10 @@ from .vision import IMAGENET_MEAN, IMAGENET_STD, normalise, sincos_positions
 AT_ONCE = 128
 """Images whose tokens are looked at together where there are many, as when parts begin."""
 
+PAIRS_AT_ONCE = AT_ONCE * 576**2
+"""Pairs of patches of an image whose blur is weighed together, at most: `AT_ONCE` images of 24 x 24
+patches.  Their weights are what takes the memory, 4 bytes a pair and copy."""
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -53,8 +57,9 @@ class Tokens:
         """One change to all three, such as a move or a choice of images."""
         return Tokens(*map(change, self.parts))
 
-    def split(self, size: int) -> Iterator["Tokens"]:
-        """Of ``size`` images each, in order; the last may have fewer."""
+    def split(self) -> Iterator["Tokens"]:
+        """Of `AT_ONCE` images each, fewer of grids finer than 24 x 24, in order."""
+        size = max(min(AT_ONCE, PAIRS_AT_ONCE // self.patches.shape[1] ** 2), 1)
         for start in range(0, len(self.patches), size):
             yield self.each(itemgetter(slice(start, start + size)))
 

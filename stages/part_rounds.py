@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..models.encoders import AT_ONCE, FrozenEncoder, Tokens
+from ..models.encoders import FrozenEncoder, Tokens
 from ..models.gathering import Gathered
 from ..models.parts import PartLearner
 from ..models.predictors import PartPredictor
@@ -108,8 +108,8 @@ def lessons_of(learner: PartLearner, looks: Looks, device: torch.device) -> list
     learner.to(device)
     wholes, grid = looks.wholes, looks.grid
     found: list[list[Tensor]] = [[] for _ in range(1 + len(looks.crops))]
-    crops = zip(*(view.split(AT_ONCE) for view in looks.crops), strict=True)
-    for some, views in zip(wholes.split(AT_ONCE), crops, strict=True):
+    crops = zip(*(view.split() for view in looks.crops), strict=True)
+    for some, views in zip(wholes.split(), crops, strict=True):
         maps, frames = _maps_of(learner, some, grid), [view.frame.to(device) for view in views]
         if learner.architecture.predictor == "parts":  # which was taught by crops, too
             said = [_maps_of(learner, view.tokens, grid) for view in views]

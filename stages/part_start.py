@@ -11,7 +11,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from ..errors import SettingError
-from ..models.encoders import AT_ONCE, FrozenEncoder, Tokens
+from ..models.encoders import FrozenEncoder, Tokens
 from ..models.gathering import Gathered
 from ..models.part_scores import AnchoredTokens, GridCells, SetCentres
 from ..models.parts import PartLearner
@@ -180,7 +180,7 @@ def object_features(
         float32 (M, F), and 0 to 1.
     """
     found, places = [], tokens.patches.shape[0] * tokens.patches.shape[1]
-    for some in tokens.split(AT_ONCE):
+    for some in tokens.split():
         patches = learner.patches(some, grid)
         found.append(patches.features[patches.objects > 0])
     points = torch.cat(found)

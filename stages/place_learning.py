@@ -65,7 +65,8 @@ def sample_place_views(
         torch.default_generator.manual_seed(seed)
         for _, read in batches_in_order(images, size, 64, "squash", chosen):
             whole = torch.from_numpy(read).to(device)
-            objects = voter.patches(encoder(whole), grid).objects
+            told = [voter.patches(some, grid).objects for some in encoder(whole).split()]
+            objects = torch.cat(told)
             for made, (view_grid, area) in zip(found, kinds, strict=True):
                 pixels = (view_grid[0] * patch, view_grid[1] * patch)
                 view = look_again(encoder, whole, pixels, area)

@@ -35,10 +35,13 @@ class SecondView:
     tokens: Tokens
     frame: Tensor
 
-    def split(self, size: int) -> Iterator["SecondView"]:
-        """Of ``size`` images each, in order; the last may have fewer."""
-        frames = torch.split(self.frame, size)
-        return map(SecondView, self.tokens.split(size), frames)
+    def split(self) -> Iterator["SecondView"]:
+        """Of as many images each as `Tokens.split` gives, in order."""
+        start = 0
+        for tokens in self.tokens.split():
+            stop = start + len(tokens.patches)
+            yield SecondView(tokens, self.frame[start:stop])
+            start = stop
 
     @property
     def parts(self) -> tuple[Tensor, ...]:

@@ -10,13 +10,25 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from semmae.errors import MissingError, SettingError
-from semmae.models.encoders import FrozenEncoder, timm_encoder, untrained
+from semmae.models.encoders import FrozenEncoder, Tokens, timm_encoder, untrained
 from semmae.models.readings import Facet, Reading
 from semmae.models.vision import normalise, sincos_positions
 
 HEADS = 3
 REGISTERS: dict[str, Any] = {"reg_tokens": 2, "no_embed_class": True}
 NO_CLASS: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+
+
+@pytest.mark.parametrize(
+    ("patches", "sizes"),
+    [(1, [128, 22]), (576, [128, 22]), (784, [69, 69, 12]), (4096, [2] * 75), (10**4, [1] * 150)],
+)
+def test_tokens__are_split_into_fewer_images_of_finer_grids(patches: int, sizes: list[int]) -> None:
+    images = torch.arange(150.0)
+    tokens = Tokens(images[:, None], images[:, None, None].expand(-1, patches, 1), images)
+    split = list(tokens.split())
+    assert [len(some.patches) for some in split] == sizes
+    assert torch.equal(torch.cat([some.attention for some in split]), images)
 
 
 def frozen(seed: int = 0, **changes: Any) -> FrozenEncoder:

@@ -9,6 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from semmae.errors import MismatchError, MissingError, SettingError
+from semmae.models import encoders
 from semmae.models.encoders import FrozenEncoder, Tokens
 from semmae.models.parts import part_labels
 from semmae.pipeline.crops import squash
@@ -289,6 +290,21 @@ def test_learn_parts__refuses_places_where_they_tell_nothing(
 ) -> None:
     with pytest.raises(SettingError, match="told neither by places nor by tokens"):
         learn_options(world, tmp_path, variant=variant, told_by="places")
+
+
+def trained_weights(run: Path) -> dict[str, torch.Tensor]:
+    return open_learner(run).learner.state_dict()
+
+
+def test_learn_parts__starts_alike_by_few_images_at_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn_parts(learn_options(world, tmp_path / "many"))
+    monkeypatch.setattr(encoders, "PAIRS_AT_ONCE", 5 * 16**2)
+    learn_parts(learn_options(world, tmp_path / "few"))
+    many, few = trained_weights(tmp_path / "many"), trained_weights(tmp_path / "few")
+    for name, weight in many.items():
+        torch.testing.assert_close(few[name], weight, msg=name)
 
 
 @pytest.mark.parametrize("variant", ["paper", "image-kmeans", "colour", "attention", "grid"])
