@@ -162,6 +162,11 @@ class LearnPartsOptions(TrainingOptions):
     batch_size: Annotated[int, "Images an optimiser step."] = 64
     base_learning_rate: Annotated[float, "Peak learning rate for 256 images a step."] = 4e-3
     weight_decay: Annotated[float, "AdamW's weight decay."] = 0.0
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        "Of the forward pass in training; auto is bf16 on GPUs, fp32 on CPUs. What training begins "
+        "with (places, rounds, clusters, cached tokens) is computed in fp32 whatever it is.",
+    ] = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""

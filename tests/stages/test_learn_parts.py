@@ -307,6 +307,16 @@ def test_learn_parts__starts_alike_by_few_images_at_once(
         torch.testing.assert_close(few[name], weight, msg=name)
 
 
+def test_learn_parts__the_start_is_that_of_full_precision(world: World, tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        changes = {"variant": "kmeans", "precision": precision}
+        learn_parts(learn_options(world, tmp_path / precision, **changes))
+    full, half = trained_weights(tmp_path / "fp32"), trained_weights(tmp_path / "bf16")
+    assert "scores.centres" in full
+    for name, weight in full.items():
+        assert torch.equal(half[name], weight), name
+
+
 @pytest.mark.parametrize("variant", ["paper", "image-kmeans", "colour", "attention", "grid"])
 def test_learn_parts__refuses_an_order_of_what_is_not_ordered(
     world: World, tmp_path: Path, variant: str
