@@ -11,11 +11,16 @@ _ON = "the same command goes on from the newest checkpoint"
 
 
 @contextlib.contextmanager
-def memory_faults(options: TrainingOptions) -> Iterator[None]:
+def memory_faults(
+    options: TrainingOptions, of_device: str = "", of_machine: str = ""
+) -> Iterator[None]:
     """Tell what to make smaller where memory runs out in the block.
 
     Args:
         options: What trains there.
+        of_device: What to do where the device's memory runs out before a step is computed; by
+            default a step is what took it.
+        of_machine: Likewise of the machine's.
 
     Raises:
         MemoryFullError: The memory of the device or of the machine ran out, or the system killed a
@@ -35,13 +40,12 @@ def memory_faults(options: TrainingOptions) -> Iterator[None]:
         if not ran_out_of_memory(error):
             raise
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in told:
-            raise MemoryFullError(
-                f"the memory of the device ran out: {_smaller(options)}; {_ON}"
-            ) from error
-        raise MemoryFullError(
-            f"the memory of the machine ran out: {_smaller(options)}, or fewer --loader-workers "
-            f"than {workers}; {_ON}"
-        ) from error
+            way_out = of_device or f"{_smaller(options)}; {_ON}"
+            raise MemoryFullError(f"the memory of the device ran out: {way_out}") from error
+        way_out = (
+            of_machine or f"{_smaller(options)}, or fewer --loader-workers than {workers}; {_ON}"
+        )
+        raise MemoryFullError(f"the memory of the machine ran out: {way_out}") from error
 
 
 def _smaller(options: TrainingOptions) -> str:

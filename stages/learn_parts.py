@@ -17,6 +17,7 @@ from ..pipeline.feeding import TrainingData
 from ..pipeline.image_source import ImageSource
 from ..pipeline.launching import launch
 from ..pipeline.loaders import SquashedData
+from ..pipeline.memory_faults import memory_faults
 from ..pipeline.options import TrainingOptions, choose_device, require
 from ..pipeline.resuming import refuse_foreign_folder, run_to_resume
 from ..pipeline.sources import Split, list_images
@@ -324,6 +325,13 @@ def learn_parts(options: LearnPartsOptions) -> Path:
 
 
 def _learn_parts(options: LearnPartsOptions) -> Path:
+    with memory_faults(options, *_ways_out(options)):
+        task = _begun(options)
+    return fit(task, options) if options.variant in LEARNED else keep(task, options)
+
+
+def _begun(options: LearnPartsOptions) -> PartLearning:
+    """What is trained, its learner at the start or where an earlier call left it."""
     refuse_missing_wandb(options)
     refuse_foreign_folder(options.output, PartLearning.kind)
     images = ImageSource(list_images(options.data, options.split))
@@ -369,8 +377,22 @@ def _learn_parts(options: LearnPartsOptions) -> Path:
             views = sample_views(encoder, images, size, count, options.seed)
         learner.to(choose_device(options.device))
         data = CachedTokens(tokens, whole.fingerprint, learner, _grid(size, encoder), views)
-    task = PartLearning(encoder, learner, data, whole, options, size)
-    return fit(task, options) if learned else keep(task, options)
+    return PartLearning(encoder, learner, data, whole, options, size)
+
+
+def _ways_out(options: LearnPartsOptions) -> tuple[str, str]:
+    """What to do where the memory of the device, or of the machine, runs out at the start."""
+    kept = {
+        "--sample-images": options.sample_images,
+        "--place-images": options.place_images if options.learns_places else 0,
+        "--cached-images": options.cached,
+    }
+    named = " and ".join(f"{flag} {count}" for flag, count in kept.items() if count)
+    return (
+        "parts begin by batches of images that --micro-batch does not change; try a smaller "
+        "--image-size or --encoder, or --device cpu",
+        f"tokens of {named} are kept in it; try fewer, or a smaller --image-size",
+    )
 
 
 def _refuse_one_patch(grid: tuple[int, int], options: LearnPartsOptions) -> None:

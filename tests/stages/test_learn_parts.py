@@ -8,7 +8,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from semmae.errors import MismatchError, MissingError, SettingError
+from semmae.errors import MemoryFullError, MismatchError, MissingError, SettingError
 from semmae.models import encoders
 from semmae.models.encoders import FrozenEncoder, Tokens
 from semmae.models.parts import part_labels
@@ -315,6 +315,54 @@ def test_learn_parts__the_start_is_that_of_full_precision(world: World, tmp_path
     assert "scores.centres" in full
     for name, weight in full.items():
         assert torch.equal(half[name], weight), name
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+OF_IMAGES = "try a smaller --image-size or --encoder, or --device cpu$"
+OF_STEP = "--micro-batch is 0, so 16 images are computed at once; try --micro-batch 8; the same"
+
+
+@pytest.mark.parametrize(
+    ("place", "changes", "error", "way_out"),
+    [
+        ("part_start.batches_in_order", {}, FULL, OF_IMAGES),
+        ("place_learning.look_again", {}, FULL, OF_IMAGES),
+        (
+            "second_views.look_again",
+            {"cached_images": 72, "consistency_weight": 1.0},
+            FULL,
+            OF_IMAGES,
+        ),
+        (
+            "place_learning.object_cells",
+            {},
+            MemoryError(),
+            "tokens of --sample-images 2000 and --place",
+        ),
+        (
+            "part_start._cluster",
+            {"variant": "kmeans", "background": "none"},
+            MemoryError(),
+            "2000 are",
+        ),
+        ("part_training.PartLearning.loss", {}, FULL, OF_STEP),
+    ],
+)
+def test_learn_parts__memory_that_ran_out_names_what_took_it(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    changes: dict[str, Any],
+    error: Exception,
+    way_out: str,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"semmae.stages.{place}", full)
+    with pytest.raises(MemoryFullError, match=way_out):
+        learn_parts(learn_options(world, tmp_path, **changes))
 
 
 @pytest.mark.parametrize("variant", ["paper", "image-kmeans", "colour", "attention", "grid"])
