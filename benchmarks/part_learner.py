@@ -10,6 +10,7 @@ the sample standard deviation; percent, but ``dead`` counts parts.
 """
 
 import argparse
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -115,20 +116,20 @@ class Bench:
     settings: dict[str, Any]
 
     def _options(self, seed: int, **changes: object) -> LearnPartsOptions:
-        settings: dict[str, Any] = {**self.settings, **changes}
-        return LearnPartsOptions(data="", encoder="", output=Path(), seed=seed, **settings)
+        device = str(self.encoder.mean.device)
+        settings: dict[str, Any] = {"output": Path(), **self.settings, **changes}
+        return LearnPartsOptions(data="", encoder="", seed=seed, device=device, **settings)
 
     @cache  # noqa: B019 - lives as long as the bench
     def places(self, seed: int) -> PlacePredictor:
         """The predictor of places, the same for all variants."""
-        options = self._options(seed)
-        tokens = self.train.tokens["whole"]
-        voter = voting_learner(tokens, self.grid, options)
-        count = options.place_images
-        views = sample_place_views(self.encoder, voter, self.train_images, self.size, count, seed)
-        device = self.encoder.mean.device
-        steps = options.place_steps
-        return learn_places(views, tokens.patches, self.grid, steps, seed, device)[0]
+        tokens, images = self.train.tokens["whole"], self.train_images
+        with tempfile.TemporaryDirectory() as folder:
+            options = self._options(seed, output=Path(folder))
+            voter = voting_learner(tokens, self.grid, options)
+            count, encoder, size = options.place_images, self.encoder, self.size
+            views = partial(sample_place_views, encoder, voter, images, size, count, seed)
+            return learn_places(views, "", tokens.patches, self.grid, options)[0]
 
     @cache  # noqa: B019
     def looks(self, seed: int) -> Looks:
@@ -144,8 +145,10 @@ class Bench:
         places = self.places(seed) if options.learns_places else None
         learner = started_learner(tokens, self.grid, options, places)
         if goes_on(learner, options):
-            device = self.encoder.mean.device
-            learner = later_rounds(learner, self.looks(seed), tokens, options, device)
+            with tempfile.TemporaryDirectory() as folder:
+                within = replace(options, output=Path(folder))
+                looks = partial(self.looks, seed)
+                learner = later_rounds(learner, looks, "", tokens, self.grid, within)
         if options.variant not in LEARNED:
             return learner.eval()
         whole = SquashedData(self.train_images, self.size)

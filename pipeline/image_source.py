@@ -69,7 +69,7 @@ class ImageSource:
         ]
         return np.concatenate([np.empty(0, np.uint64), *hashes])[self.rows]
 
-    def keys(self, positions: NDArray[np.int64]) -> list[str]:
+    def names(self, positions: NDArray[np.int64]) -> list[str]:
         """The keys of some images, in any order."""
         rows, places = np.unique(self.rows[positions], return_inverse=True)  # a plan's: ascending
         found: list[str] = self.plan.take(rows)["key"].take(pa.array(places)).to_pylist()

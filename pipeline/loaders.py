@@ -95,7 +95,7 @@ class _ImageData:
 
     def names(self, positions: NDArray[np.int64]) -> list[str]:
         """Keys of the images that are drawn there; a bad one's neighbour is not named."""
-        return self._images.keys(positions)
+        return self._images.names(positions)
 
 
 class PretrainingData(_ImageData):

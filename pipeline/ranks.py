@@ -4,8 +4,10 @@ A process's *rank* is its number from 0.  Each process computes a share of every
 one, of rank 0, also writes what lasts.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import TypeVar
 
@@ -20,10 +22,25 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
 """How long processes wait for each other."""
 
+LONG_PATIENCE = timedelta(days=7)
+"""How long they wait for work of the first one alone; one that is lost is noticed at once."""
+
+_alone = ContextVar("alone", default=False)
+
 
 def together() -> bool:
     """Whether this process belongs to a group."""
-    return dist.is_available() and dist.is_initialized()
+    return not _alone.get() and dist.is_available() and dist.is_initialized()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within, this process counts as the only one: it trains a run without the others."""
+    before = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(before)
 
 
 def rank() -> int:
@@ -48,7 +65,7 @@ def asked() -> int:
     Raises:
         SettingError: It tells no number.
     """
-    told = os.environ.get("WORLD_SIZE", "1")
+    told = "1" if _alone.get() else os.environ.get("WORLD_SIZE", "1")
     if not told.isdecimal():
         raise SettingError(
             f"WORLD_SIZE is {told!r}: expected a number of processes, as torchrun sets it; set it "
@@ -112,12 +129,23 @@ def of_all(value: T) -> list[T]:
     return found
 
 
-def of_first(value: T) -> T:
-    """What the first process gives, in all of them; it is pickled on the way."""
-    sent = [value]
-    if count() > 1:
-        dist.broadcast_object_list(sent, 0)
-    return sent[0]
+def by_first(work: Callable[[], T]) -> T:
+    """What the first process makes, alone, for all of them; it is pickled on the way.
+
+    The others wait for as long as it takes; what it raises ends it, and so them.
+    """
+    if count() == 1:
+        return work()
+    # Processes that share GPUs' collectives wait for each other for `PATIENCE` at most.
+    patient = dist.new_group(backend="gloo", timeout=LONG_PATIENCE)
+    assert isinstance(patient, dist.ProcessGroup)
+    sent: list[T | None] = [None]
+    if rank() == 0:
+        with alone():
+            sent = [work()]
+    dist.broadcast_object_list(sent, 0, group=patient)
+    dist.destroy_process_group(patient)
+    return sent[0]  # type: ignore[return-value]
 
 
 def refuse_disagreement(seen: Mapping[str, object]) -> None:

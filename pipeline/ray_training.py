@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import SettingError, UserError, first_line
-from ..storage.checkpoints import checkpoints
+from ..storage.checkpoints import newest_checkpoints
 from .cluster import joined
 from .launching import only_first_speaks
 from .options import TrainingOptions
@@ -57,21 +57,32 @@ def train_on_ray(train: Callable[[O], Path], options: O) -> Path:
     said = notes / f"said-{uuid.uuid4().hex}"
     work = partial(_work, train, options, Path.cwd(), said)
     with _cleared(notes), joined(placement) as share, _ended_by_interrupt(), _repeated(said):
-        tries, before = 0, -1
+        tries, before = 0, list[Path]()
         while True:
             try:
                 return Path(_once(work, placement.workers, share.unit == "GPU", notes))
             except _WorkerLostError as error:
-                step = max((step for step, _ in checkpoints(options.output)), default=0)
-                tries = tries + 1 if step == before else 1
+                newest = newest_checkpoints(options.output)
+                tries = tries + 1 if newest == before else 1
+                step = _named(newest, options.output)
                 if tries >= VAIN_TRIES:
                     raise UserError(
                         f"workers of {options.output} were lost {tries} times without a new "
-                        f"checkpoint, after step {step}: {error}; see whether memory runs out, "
+                        f"checkpoint, after {step}: {error}; see whether memory runs out, "
                         "or set --checkpoint-steps"
                     ) from error
-                before = step
-                print(f"a worker was lost: all go on from step {step}", file=sys.stderr)
+                before = newest
+                print(f"a worker was lost: all go on from {step}", file=sys.stderr)
+
+
+def _named(newest: list[Path], run: Path) -> str:
+    """The step that a run goes on from."""
+    if not newest:
+        return "step 0"
+    path = max(newest, key=lambda path: path.stat().st_mtime_ns)
+    inner = path.parent.parent.relative_to(run).name
+    step = f"step {int(path.stem.removeprefix('step-'))}"
+    return f"{step} of {inner}" if inner else step
 
 
 class _WorkerLostError(Exception):

@@ -1,17 +1,20 @@
 """The folder of a run: whether it may be trained into, and what a run there goes on from."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
 from ..errors import DamageError, MismatchError, SettingError, UserError
-from ..storage.checkpoints import checkpoints, load_checkpoint
+from ..storage.checkpoints import checkpoints, load_checkpoint, newest_checkpoints
 from ..storage.files import read_json, write_json
 from .feeding import sources_of
+from .image_source import ImageSource
 from .options import TrainingOptions, plain_options, refuse_difference, settled
-from .run_images import changed_images
+from .run_images import changed_images, keep_images
 from .tasks import Task
+
+_OPTIONS = "options.json"
 
 
 def run_to_resume(kind: str, options: TrainingOptions) -> dict[str, Any] | None:
@@ -25,12 +28,9 @@ def run_to_resume(kind: str, options: TrainingOptions) -> dict[str, Any] | None:
         DamageError: Its newest checkpoint cannot be read.
     """
     found = checkpoints(options.output)
-    if found and options.resume == "never":
-        raise SettingError(
-            f"{options.output} holds a run already: --resume auto goes on with it, or choose "
-            "another --output"
-        )
-    if not found:
+    if found:
+        _refuse_never(options)
+    else:
         return None
     path = found[-1][1]
     try:
@@ -42,6 +42,52 @@ def run_to_resume(kind: str, options: TrainingOptions) -> dict[str, Any] | None:
     now = plain_options(settled(options))
     refuse_difference(options.output, kind, state["options"], now, options=True)
     return state
+
+
+def begun_to_resume(kind: str, options: TrainingOptions, images: ImageSource) -> bool:
+    """Whether a run without a checkpoint has begun, by runs in its folder that it is made from.
+
+    Args:
+        kind: Of the task.
+        options: Of the run, as `begin` got them.
+        images: Likewise.
+
+    Raises:
+        SettingError: It has, and it is not to be resumed.
+        MismatchError: It has, with another configuration or other data.
+        MissingError, DamageError: It has, and what it was begun with cannot be read.
+    """
+    if checkpoints(options.output) or not newest_checkpoints(options.output):
+        return False
+    _refuse_never(options)
+    record = read_json(options.output / _OPTIONS)
+    now = plain_options(settled(options))
+    refuse_difference(options.output, kind, record["options"], now, options=True)
+    # A run that had checkpoints, and lost them, has no data there; those it is made from have.
+    if "data" in record:
+        _refuse_other_data(options.output, record, {"images": images.fingerprint}, images)
+    return True
+
+
+def begin(kind: str, options: TrainingOptions, images: ImageSource) -> None:
+    """Write what a run that is made from runs in its folder begins with, before these.
+
+    Args:
+        kind: Of the task.
+        options: Of the run; for ``RUN/options.json``.
+        images: All that is learned from is made from these.
+    """
+    begun = {"data": {"images": images.fingerprint}, "images": len(images)}
+    write_json(options.output / _OPTIONS, {**_record(kind, options), **begun})
+    keep_images(options.output, images)
+
+
+def _refuse_never(options: TrainingOptions) -> None:
+    if options.resume == "never":
+        raise SettingError(
+            f"{options.output} holds a run already: --resume auto goes on with it, or choose "
+            "another --output"
+        )
 
 
 def state_to_resume(task: Task, options: TrainingOptions) -> dict[str, Any] | None:
@@ -56,20 +102,37 @@ def state_to_resume(task: Task, options: TrainingOptions) -> dict[str, Any] | No
         return None
     architecture = state["architecture"]
     refuse_difference(options.output, task.kind, architecture, task.architecture, options=False)
-    was, now = state["data"], sources_of(task.data)
+    _refuse_other_data(options.output, state, sources_of(task.data), task.data)
+    return state
+
+
+def _refuse_other_data(
+    folder: Path, state: Mapping[str, Any], now: Mapping[str, str], data: Sized
+) -> None:
+    """Refuse to go on by other data than those that a run began with.
+
+    Args:
+        folder: Of the run.
+        state: What it began with: ``data``, fingerprints by name, and ``images``, how many.
+        now: Fingerprints of the data of now.
+        data: These.
+
+    Raises:
+        MismatchError: They differ.
+    """
+    was = state["data"]
     differing = [
         f"{name} {was.get(name, 'none')[:12]} then, {now.get(name, 'none')[:12]} now"
         for name in dict.fromkeys([*was, *now])
         if was.get(name) != now.get(name)
     ]
     if differing:
-        by_image = changed_images(options.output, task.data)
+        by_image = changed_images(folder, data)
         raise MismatchError(
-            f"the run in {options.output} was started on other data: {'; '.join(differing)} "
-            f"({state['images']} images then, {len(task.data)} now{by_image and f': {by_image}'}); "
+            f"the run in {folder} was started on other data: {'; '.join(differing)} "
+            f"({state['images']} images then, {len(data)} now{by_image and f': {by_image}'}); "
             "restore what changed or choose another --output"
         )
-    return state
 
 
 def state_of(
@@ -144,11 +207,11 @@ def refuse_foreign_folder(folder: Path, kind: str) -> None:
         return
     options: Mapping[str, Any] = {}
     with contextlib.suppress(UserError):
-        options = read_json(folder / "options.json")
+        options = read_json(folder / _OPTIONS)
     if "kind" in options:
         _refuse_kind(str(options["kind"]), kind, folder)
     held = [entry.name for entry in folder.glob("*") if not entry.name.startswith(".")]
-    if held and "options.json" not in held:
+    if held and _OPTIONS not in held:
         raise SettingError(
             f"{folder} is not empty and holds no run ({', '.join(sorted(held)[:3])}...): "
             "name a new or empty folder as --output"
@@ -164,9 +227,13 @@ def _refuse_kind(kind: str, wanted: str, folder: Path) -> None:
 
 def write_options(task: Task, options: TrainingOptions) -> None:
     """Write ``RUN/options.json``, unless it says the same already."""
-    record = {"kind": task.kind, "options": plain_options(options), "model": task.architecture}
-    path = options.output / "options.json"
+    record = {**_record(task.kind, options), "model": task.architecture}
+    path = options.output / _OPTIONS
     with contextlib.suppress(UserError):
         if read_json(path) == record:
             return
     write_json(path, record)
+
+
+def _record(kind: str, options: TrainingOptions) -> dict[str, Any]:
+    return {"kind": kind, "options": plain_options(settled(options))}

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +20,7 @@ from ..pipeline.launching import launch
 from ..pipeline.loaders import SquashedData
 from ..pipeline.memory_faults import memory_faults
 from ..pipeline.options import TrainingOptions, choose_device, require
-from ..pipeline.resuming import refuse_foreign_folder, run_to_resume
+from ..pipeline.resuming import begin, begun_to_resume, refuse_foreign_folder, run_to_resume
 from ..pipeline.sources import Split, list_images
 from ..pipeline.training import fit, keep
 from ..pipeline.wandb_log import refuse_missing_wandb
@@ -30,6 +31,7 @@ from .networks import (
     learner_of,
     open_encoder,
     parse_reading,
+    save_encoder,
 )
 from .part_rounds import goes_on, later_rounds, sample_looks
 from .part_start import sample_tokens, started_learner, voting_learner
@@ -326,11 +328,11 @@ def learn_parts(options: LearnPartsOptions) -> Path:
 
 def _learn_parts(options: LearnPartsOptions) -> Path:
     with memory_faults(options, *_ways_out(options)):
-        task = _begun(options)
+        task = _task_of(options)
     return fit(task, options) if options.variant in LEARNED else keep(task, options)
 
 
-def _begun(options: LearnPartsOptions) -> PartLearning:
+def _task_of(options: LearnPartsOptions) -> PartLearning:
     """What is trained, its learner at the start or where an earlier call left it."""
     refuse_missing_wandb(options)
     refuse_foreign_folder(options.output, PartLearning.kind)
@@ -340,10 +342,14 @@ def _begun(options: LearnPartsOptions) -> PartLearning:
     if learned:  # a batch larger than the data is refused before anything is encoded
         options.schedule(min(count if options.cached else len(images), len(images)))
     state = run_to_resume(PartLearning.kind, options)
+    begun = begun_to_resume(PartLearning.kind, options, images)
+    ranks.refuse_disagreement(
+        {"newest checkpoint": state["step"] if state else "none", "begun run": begun}
+    )
     # A run goes on with the encoder that it began with, whatever the path holds now.
     encoder = (
         open_encoder(str(options.output / ENCODER_FILE))
-        if state
+        if state or begun
         else open_encoder(
             options.encoder,
             parse_reading(options.blocks, options.facet, options.pooled),
@@ -361,22 +367,22 @@ def _begun(options: LearnPartsOptions) -> PartLearning:
     if state is not None:
         learner = learner_of(state, options.output)
     encoder.to(choose_device(options.device))
-    tokens = None
-    if options.cached or learner is None:
-        tokens = sample_tokens(encoder, images, size, count, options.seed)
+    sampled = cache(partial(sample_tokens, encoder, images, size, count, options.seed))
+    if options.cached:
+        sampled()  # by all processes at a time
     if learner is None:
-        assert tokens is not None
         # GPUs do not compute alike to the bit, and parts come in the order of what they computed.
-        learner = ranks.of_first(_started(encoder, images, size, _some(tokens, options), options))
+        learner = ranks.by_first(
+            lambda: _started(encoder, images, size, _some(sampled(), options), options, begun)
+        )
     whole = SquashedData(images, size)
     data: TrainingData = whole
     if options.cached:
-        assert tokens is not None
         views = None
         if options.consistency_weight:
             views = sample_views(encoder, images, size, count, options.seed)
         learner.to(choose_device(options.device))
-        data = CachedTokens(tokens, whole.fingerprint, learner, _grid(size, encoder), views)
+        data = CachedTokens(sampled(), whole.fingerprint, learner, _grid(size, encoder), views)
     return PartLearning(encoder, learner, data, whole, options, size)
 
 
@@ -414,36 +420,45 @@ def _started(
     size: tuple[int, int],
     tokens: Tokens,
     options: LearnPartsOptions,
+    begun: bool,
 ) -> PartLearner:
-    """A learner at its start, told by places unless the tokens tell too little of them."""
+    """A learner at its start, told by places unless the tokens tell too little of them.
+
+    What is learned before it, is learned by runs in its folder, which go on where they were killed.
+
+    Args:
+        encoder: On the device.
+        images: The data.
+        size: (H, W) that images are squashed to.
+        tokens: Of a sample of the data.
+        options: The learner's settings.
+        begun: Whether there are such runs already.
+    """
     grid = _grid(size, encoder)
-    if options.learns_places:
-        voter = voting_learner(tokens, grid, options)
-        if options.masked and not voter.architecture.masked:
-            options = replace(options, background="none")
     if not options.learns_places:
         return started_learner(tokens, grid, options)
-    places, told = learn_places(
-        sample_place_views(encoder, voter, images, size, options.place_images, options.seed),
-        tokens.patches,
-        grid,
-        options.place_steps,
-        options.seed,
-        encoder.mean.device,
-    )
+    voter = voting_learner(tokens, grid, options)
+    if not begun:
+        begin(PartLearning.kind, options, images)
+        save_encoder(encoder, options.output / ENCODER_FILE)
+    if options.masked and not voter.architecture.masked:
+        options = replace(options, background="none")
+    count, seed = options.place_images, options.seed
+    views = partial(sample_place_views, encoder, voter, images, size, count, seed)
+    places, told = learn_places(views, images.fingerprint, tokens.patches, grid, options)
     if options.by_places and told < LEAST_TOLD:
         if options.told_by == "places":
             raise SettingError(
                 "--told-by places: the encoder's tokens do not tell places; expected --told-by "
-                "tokens or auto, or another encoder"
+                "tokens or auto, or another encoder; and another --output"
             )
         print("that is too little for parts to be told by places", file=sys.stderr)
         options = replace(options, told_by="tokens")
     learner = started_learner(tokens, grid, options, places)
     if not goes_on(learner, options):
         return learner
-    looks = sample_looks(encoder, images, size, options.place_images, options.seed)
-    return later_rounds(learner, looks, tokens, options, encoder.mean.device)
+    looks = partial(sample_looks, encoder, images, size, count, seed)
+    return later_rounds(learner, looks, images.fingerprint, tokens, grid, options)
 
 
 def _some(tokens: Tokens, options: LearnPartsOptions) -> Tokens:

@@ -10,9 +10,10 @@ crops (Caron et al. 2021), of parts in place of prototypes.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,10 +24,20 @@ from ..models.gathering import Gathered
 from ..models.parts import PartLearner
 from ..models.predictors import PartPredictor
 from ..pipeline.image_source import ImageSource, batches_in_order, drawn
+from ..pipeline.options import TrainingOptions, choose_device
 from ..pipeline.progress import Progress
 from ..pipeline.views import meeting_places, patches_at, whole_frames
 from .part_start import started_learner
-from .predictor_learning import Lesson, learned, measure, statistics
+from .predictor_learning import (
+    Lesson,
+    LessonData,
+    PredictorLearning,
+    fingerprint_of,
+    learned,
+    measure,
+    options_within,
+    statistics,
+)
 from .second_views import SCALE, SecondView, kept_tokens, kept_view, look_again, seen_in
 
 if TYPE_CHECKING:
@@ -151,39 +162,59 @@ def _agreed(
     return total / votes
 
 
-def learn_parts_again(
-    lessons: Sequence[Lesson],
-    parts: int,
-    before: PartPredictor | None,
-    steps: int,
-    seed: int,
-    device: torch.device,
-) -> PartPredictor:
+class CropLearning(PredictorLearning[PartPredictor]):
+    """Learning the parts of whole images in crops, as the trainer sees it.
+
+    Args:
+        name: Of the run.
+        data: Lessons from `lessons_of`.
+        width: Of patch tokens.
+        patches: L, of whole images.
+        parts: How many there are.
+        before: What it goes on from; None begins with random weights.
+        seed: Of weights.
+    """
+
+    figure = "agreement"
+
+    def __init__(
+        self,
+        name: str,
+        data: LessonData,
+        width: int,
+        patches: int,
+        parts: int,
+        before: PartPredictor | None,
+        seed: int,
+    ) -> None:
+        super().__init__(
+            lambda: deepcopy(before) or PartPredictor(width, parts, patches), data, seed
+        )
+        self.kind = name
+
+    def examined(self, scores: Tensor, targets: Tensor) -> float:
+        """Share of the patches whose part is told."""
+        return float((scores.argmax(dim=1) == targets).double().mean())
+
+    def measure(self) -> None:
+        """Of the whole images that it learned from."""
+        wholes = self.data.lessons[-1]
+        measure(self.predictor, wholes.tokens, wholes.grid, wholes.statistics)
+
+
+def learn_parts_again(task: CropLearning, options: TrainingOptions) -> PartPredictor:
     """A predictor of the parts that were found in whole images.
 
     Args:
-        lessons: From `lessons_of`.
-        parts: How many there are.
-        before: What it goes on from; None begins with random weights.
-        steps: As in `predictor_learning.learned`.
-        seed: Of weights, dropout and batches.
-        device: Where to compute.
+        task: How it is learned.
+        options: From `options_within`.
 
     Returns:
         On the CPU, frozen.
     """
-    wholes = lessons[-1]
-    _, places, width = wholes.tokens.shape
-
-    def begun() -> PartPredictor:
-        made = PartPredictor(width, parts, places) if before is None else deepcopy(before)
-        return made.requires_grad_(True)
-
-    model, examined = learned(begun, lessons, steps, seed, device, "learning parts of crops")
-    agreement = (examined.scores.argmax(dim=1) == examined.targets).double().mean()
+    predictor, agreement = learned(task, options)
     print(f"crops tell the parts of whole images in {agreement:.0%} of patches", file=sys.stderr)
-    measure(model, wholes.tokens, wholes.grid, wholes.statistics)
-    return model
+    return predictor
 
 
 def goes_on(learner: PartLearner, options: "LearnPartsOptions") -> bool:
@@ -198,28 +229,43 @@ def goes_on(learner: PartLearner, options: "LearnPartsOptions") -> bool:
 
 def later_rounds(
     learner: PartLearner,
-    looks: Looks,
+    looks: Callable[[], Looks],
+    images: str,
     tokens: Tokens,
+    grid: tuple[int, int],
     options: "LearnPartsOptions",
-    device: torch.device,
 ) -> PartLearner:
-    """The learner of the last round, at its start.
+    """The learner of the last round, at its start; each round is a run in ``RUN/round-<number>``.
 
     Args:
         learner: Of the first round; without a background if it found none.
-        looks: At images of the data.
+        looks: Gives looks at images of the data; called once, if there is a round to learn.
+        images: Fingerprint of the images that are looked at.
         tokens: Of a sample of the data, for `started_learner`.
+        grid: (h, w).
         options: The learner's settings.
-        device: Where to compute.
     """
-    parts, predictor = learner.architecture.parts, None
+    parts, looks = learner.architecture.parts, cache(looks)
     look_rounds = min(options.rounds_of_looks, LOOK_ROUNDS)
     background = learner.architecture.background
     options = replace(options, look_rounds=look_rounds, background=background)
+    device = choose_device(options.device)
     for number in range(2, options.rounds + 1):
         print(f"round {number} of {options.rounds}", file=sys.stderr)
-        lessons = lessons_of(learner, looks, device)
-        steps, seed = options.round_steps, options.seed + number
-        predictor = learn_parts_again(lessons, parts, predictor, steps, seed, device)
-        learner = started_learner(tokens, looks.grid, options, predictor)
+        seed, before = options.seed + number, learner.predictor
+        assert before is not None
+        sources = {"images": images, "predictor of the round before": fingerprint_of(before)}
+        lessons = partial(_lessons, learner, looks, device)
+        data = LessonData(lessons, sources, options.round_steps, seed)
+        again = before if isinstance(before, PartPredictor) else None
+        patches, width = tokens.patches.shape[1:]
+        task = CropLearning(f"round {number}", data, width, patches, parts, again, seed)
+        predictor = learn_parts_again(task, options_within(options, f"round-{number}", seed))
+        learner = started_learner(tokens, grid, options, predictor)
     return learner
+
+
+def _lessons(
+    learner: PartLearner, looks: Callable[[], Looks], device: torch.device
+) -> list[Lesson]:
+    return lessons_of(learner, looks(), device)

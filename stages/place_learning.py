@@ -1,7 +1,8 @@
 """Learning to tell from a frozen encoder's tokens where on its object a patch lies."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,8 +15,18 @@ from ..models.parts import PartLearner
 from ..models.places import CELLS, PlacePredictor, object_cells
 from ..pipeline.image_source import ImageSource, batches_in_order, drawn
 from ..pipeline.progress import Progress
-from .predictor_learning import Examined, Lesson, learned, measure
+from .predictor_learning import (
+    Lesson,
+    LessonData,
+    PredictorLearning,
+    learned,
+    measure,
+    options_within,
+)
 from .second_views import look_again
+
+if TYPE_CHECKING:
+    from .learn_parts import LearnPartsOptions
 
 WINDOW_AREA = (0.2, 0.32)
 """Share of the image's area in a window: half of each side, a little more or less."""
@@ -82,51 +93,70 @@ def sample_place_views(
     return Lesson(windows, of_windows, half), Lesson(crops, of_crops, grid)
 
 
-def learn_places(
-    views: Sequence[Lesson],
-    tokens: Tensor,
-    grid: tuple[int, int],
-    steps: int,
-    seed: int,
-    device: torch.device,
-) -> tuple[PlacePredictor, float]:
-    """A predictor of places, and how much tokens tell it.
+class PlaceLearning(PredictorLearning[PlacePredictor]):
+    """Learning places, as the trainer sees it.
 
     Of each kind of views, too, the mean token of each place is taken off, so that where the
     encoder says a patch is in the view tells little of where the view is.
 
     Args:
-        views: What it learns from, of one or more kinds, each of the same images; their targets
-            are cells, as from `models.places.object_cells`.
+        data: Views whose targets are cells, as from `models.places.object_cells`; nats are those
+            of the first kind.
         tokens: Patch tokens of whole images, float32 (B, L, D), on the CPU: statistics come from
             them.
         grid: (h, w), of whole images, with h w = L.
-        steps: As in `predictor_learning.learned`.
-        seed: Of weights, dropout and batches.
-        device: Where to compute.
+        seed: Of weights.
+    """
+
+    kind = "places"
+    figure = "told"
+
+    def __init__(self, data: LessonData, tokens: Tensor, grid: tuple[int, int], seed: int) -> None:
+        super().__init__(
+            lambda: PlacePredictor(tokens.shape[2], CELLS, tokens.shape[1]), data, seed
+        )
+        self._tokens, self._grid = tokens, grid
+
+    def examined(self, scores: Tensor, targets: Tensor) -> float:
+        """Nats that object patches tell of their cell; the background is left out."""
+        return _told(scores, targets)
+
+    def measure(self) -> None:
+        """Of the whole images."""
+        measure(self.predictor, self._tokens, self._grid)
+
+
+def learn_places(
+    views: Callable[[], Sequence[Lesson]],
+    images: str,
+    tokens: Tensor,
+    grid: tuple[int, int],
+    options: "LearnPartsOptions",
+) -> tuple[PlacePredictor, float]:
+    """A predictor of places, and how much tokens tell it; a run of its own in ``RUN/places``.
+
+    Args:
+        views: Gives what it learns from, of one or more kinds, each of the same images.
+        images: Fingerprint of the images that views are taken of.
+        tokens: As of `PlaceLearning`.
+        grid: Likewise.
+        options: The learner's settings.
 
     Returns:
         The predictor, on the CPU, frozen; and nats that object patches of windows (the first kind)
         of images that it has not learned from tell of their place.
     """
-    model, examined = learned(
-        lambda: PlacePredictor(tokens.shape[2], CELLS, tokens.shape[1]),
-        views,
-        steps,
-        seed,
-        device,
-        "learning places",
-    )
-    told = _told(examined)
+    data = LessonData(views, {"images": images}, options.place_steps, options.seed)
+    task = PlaceLearning(data, tokens, grid, options.seed)
+    model, told = learned(task, options_within(options, "places", options.seed))
     print(f"patch tokens tell {told:.2f} nats of where on the object they lie", file=sys.stderr)
-    measure(model, tokens, grid)
     return model, told
 
 
-def _told(examined: Examined) -> float:
-    """Nats that object patches tell of their cell; the background is left out."""
-    on_object = examined.targets < examined.scores.shape[1] - 1
-    scores, cells = examined.scores[on_object, :-1], examined.targets[on_object]
+def _told(scores: Tensor, targets: Tensor) -> float:
+    """Nats that patches on objects tell of their cell, of `PredictorLearning.examined`."""
+    on_object = targets < scores.shape[1] - 1
+    scores, cells = scores[on_object, :-1], targets[on_object]
     if not len(cells):
         return 0.0
     # The entropy of the cells' shares is the loss of who knows nothing of a patch.

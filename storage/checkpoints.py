@@ -101,6 +101,12 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def newest_checkpoints(run: Path) -> list[Path]:
+    """The newest checkpoint of a run, and of each run in its folder that it is made from."""
+    found = (checkpoints(folder) for folder in (run, *sorted(run.glob("[!.]*"))))
+    return [some[-1][1] for some in found if some]
+
+
 def prune_checkpoints(
     run: Path, keep_last: int, kept_for_good: Callable[[int], bool] = lambda step: False
 ) -> None:

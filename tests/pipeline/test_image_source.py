@@ -198,4 +198,4 @@ def test_keys__come_in_the_order_that_is_asked_for(
     images = ImageSource(listed, np.arange(2, 24))
     asked = np.random.default_rng(0).permutation(22)[:15]
     asked = np.append(asked, asked[3])
-    assert images.keys(asked) == [f"{2 + position:03d}.png" for position in asked]
+    assert images.names(asked) == [f"{2 + position:03d}.png" for position in asked]

@@ -12,9 +12,18 @@ from semmae.models.encoders import FrozenEncoder, Tokens
 from semmae.models.parts import PartArchitecture, PartLearner
 from semmae.models.predictors import PartPredictor
 from semmae.pipeline.image_source import ImageSource
+from semmae.pipeline.options import TrainingOptions
 from semmae.pipeline.sources import list_images
 from semmae.pipeline.views import meeting_places, whole_frames
-from semmae.stages.part_rounds import CROPS, Looks, learn_parts_again, lessons_of, sample_looks
+from semmae.stages.part_rounds import (
+    CROPS,
+    CropLearning,
+    Looks,
+    learn_parts_again,
+    lessons_of,
+    sample_looks,
+)
+from semmae.stages.predictor_learning import LessonData, options_within
 from semmae.tests.stages.colours import Colours
 
 GRID, CPU = (8, 8), torch.device("cpu")
@@ -129,11 +138,17 @@ def test_learn_parts_again__tells_the_parts_and_goes_on_from_there(tmp_path: Pat
         kinds = torch.cat([parts, told.background[..., None]], dim=2)
         return float((kinds.argmax(dim=2) == targets).float().mean())
 
-    made = learn_parts_again(lessons, 2, None, 240, 0, CPU)
+    def learned(name: str, before: PartPredictor | None, steps: int, seed: int) -> PartPredictor:
+        data = LessonData(lambda: lessons, {}, steps, seed)
+        task = CropLearning(name, data, 3, 64, 2, before, seed)
+        given = TrainingOptions(output=tmp_path, device="cpu")
+        return learn_parts_again(task, options_within(given, name, seed))
+
+    made = learned("made", None, 240, 0)
     assert right(made) > 0.97
-    again = learn_parts_again(lessons, 2, None, 240, 0, CPU)
+    again = learned("again", None, 240, 0)
     assert torch.equal(again.last.weight, made.last.weight)
     # A step changes little of what was learned; from the beginning it would not do.
-    assert right(learn_parts_again(lessons, 2, made, 1, 1, CPU)) > 0.9
-    assert right(learn_parts_again(lessons, 2, None, 1, 1, CPU)) < 0.9
+    assert right(learned("on", made, 1, 1)) > 0.9
+    assert right(learned("anew", None, 1, 1)) < 0.9
     assert torch.equal(again.last.weight, made.last.weight)

@@ -48,9 +48,10 @@ def run_learning_apart(rank: int, given: LearnPartsOptions) -> Path:
     started = learning._started
 
     def apart(
-        encoder: Any, images: Any, size: Any, tokens: Any, options: LearnPartsOptions
+        encoder: Any, images: Any, size: Any, tokens: Any, options: LearnPartsOptions, begun: bool
     ) -> PartLearner:
-        return started(encoder, images, size, tokens, replace(options, seed=given.seed + rank))
+        other = replace(options, seed=given.seed + rank)
+        return started(encoder, images, size, tokens, other, begun)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learning, "_started", apart)

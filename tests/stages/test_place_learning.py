@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,14 +18,12 @@ from semmae.pipeline.image_source import ImageSource
 from semmae.pipeline.sources import list_images
 from semmae.stages import learn_parts as learning
 from semmae.stages import part_start
-from semmae.stages.learn_parts import learn_parts
+from semmae.stages.learn_parts import LearnPartsOptions, learn_parts
 from semmae.stages.networks import open_learner
 from semmae.stages.place_learning import learn_places, sample_place_views
 from semmae.stages.predictor_learning import Lesson
 from semmae.tests.stages.colours import Colours
 from semmae.tests.world import World, learn_options
-
-CPU = torch.device("cpu")
 
 
 def encoder() -> FrozenEncoder:
@@ -77,6 +76,13 @@ def views_and_tokens(images: ImageSource) -> tuple[tuple[Lesson, Lesson], Tensor
     return views, torch.cat([Colours().features(one).patches for one in whole])
 
 
+def learned_places(
+    run: Path, views: Sequence[Lesson], tokens: Tensor, steps: int
+) -> tuple[PlacePredictor, float]:
+    options = LearnPartsOptions(data="", encoder="", output=run, place_steps=steps, device="cpu")
+    return learn_places(lambda: views, "", tokens, (8, 8), options)
+
+
 def test_sample_place_views__cells_are_where_the_content_lay(tmp_path: Path) -> None:
     images = source(tmp_path, telling, 90)
     windows, crops = sample_place_views(encoder(), voter(), images, (64, 64), 90, seed=0)
@@ -120,7 +126,7 @@ def test_learn_places__tells_the_place_from_content_that_tells_it(tmp_path: Path
     # The mean of each place holds all there is, so tokens of other images are moved against it.
     moved = tokens.reshape(-1, 8, 8, 3).roll((2, 3), dims=(1, 2)).flatten(1, 2)
     mixed = torch.cat([tokens[:15], moved[:15]])
-    model, told = learn_places(views, mixed, (8, 8), 200, 0, CPU)
+    model, told = learned_places(tmp_path / "run", views, mixed, 200)
     assert told > 0.9
     seen = model.told(mixed, (8, 8))
     features = model.features(seen.shares)
@@ -128,20 +134,20 @@ def test_learn_places__tells_the_place_from_content_that_tells_it(tmp_path: Path
     torch.testing.assert_close(features.mean(dim=(0, 1)), torch.zeros(32), rtol=0, atol=1e-2)
     assert float(features.square().mean()) == pytest.approx(1, abs=1e-2)
     assert float(seen.background.max()) < 0.1
-    again, _ = learn_places(views, mixed, (8, 8), 200, 0, CPU)
+    again, _ = learned_places(tmp_path / "again", views, mixed, 200)
     assert torch.equal(again.told(mixed, (8, 8)).shares, seen.shares)
 
 
 def test_learn_places__tokens_that_say_nothing_tell_nothing(tmp_path: Path) -> None:
     views, tokens = views_and_tokens(source(tmp_path, silent))
-    assert learn_places(views, tokens, (8, 8), 30, 0, CPU)[1] < 0.05
+    assert learned_places(tmp_path / "run", views, tokens, 30)[1] < 0.05
 
 
 def test_learn_places__predicts_the_background(tmp_path: Path) -> None:
     images = source(tmp_path, telling, 60)
     views = sample_place_views(encoder(), voter(False), images, (64, 64), 60, seed=0)
     _, tokens = views_and_tokens(images)
-    model, _ = learn_places(views, tokens.roll(8 * 4, dims=1), (8, 8), 300, 0, CPU)
+    model, _ = learned_places(tmp_path / "run", views, tokens.roll(8 * 4, dims=1), 300)
     crops = views[1]
     standard = (
         crops.tokens[:6].float() - crops.tokens.float().mean(0)
