@@ -24,7 +24,14 @@ from semmae.tests.pipeline.tiny import TinyTask, options
 
 PATIENCE_SECONDS = 60.0
 
-PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "timm", "semmae.tests.pipeline.peers"]
+PRELOADED = [
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "timm",
+    "pytest",
+    "semmae.stages.learn_parts",
+    "semmae.tests.pipeline.peers",
+]
 """Modules that each process would take seconds to import."""
 
 
