@@ -3,16 +3,19 @@
 Run it::
 
     python -m semmae.benchmarks.pretraining_step [--size base] [--batch 8] [--rounds 9]
-        [--precision fp32] [--compile] [--device cuda --peak 989]
+        [--precision fp32] [--compile] [--device cpu] [--peak-tflops 0]
 
-A step is loss, gradients and AdamW; its FLOPs are counted as training counts them for its logs.
+A step is loss, gradients and AdamW; its FLOPs are counted as training counts them for its logs:
+those of the products that it computes, without scores that fused attention makes again backwards.
 The plain step is MAE's as it is usually written: a convolution embeds all patches, decoder and loss
 see all of them, AdamW goes through lists of tensors, and the faster of timm's two attention paths
 is taken.  The limit is every matrix product of our step, forward and backward, attention's among
 them, and nothing else.  With ``--compile`` ours is also timed compiled, as ``stage2 pretrain
---compile`` computes it; ``--peak`` tells the device's peak in TFLOP/s (an H100 or H200 has 989 in
-dense bf16, by its data sheet), for the share of it that our step executes.  All are timed in turn,
-one thread, CPU time; GPUs by events.
+--compile`` computes it.  All are timed in turn, one thread, CPU time; GPUs by events.
+
+Of a GPU (``--device cuda --precision bf16 --batch 256``) it also says which share of its peak the
+FLOPs are: dense, of the precision, as NVIDIA's data sheet has it (`semmae.pipeline.flops`; 989
+TFLOP/s for bf16 on H100 and H200), or ``--peak-tflops`` where it is not listed.
 """
 
 import argparse
@@ -34,6 +37,7 @@ from semmae.pipeline.flops import FlopCount
 from semmae.pipeline.mask_counts import visible_count
 from semmae.pipeline.masks import random_masks
 from semmae.pipeline.tasks import decay_groups
+from semmae.pipeline.throughput import peak_of
 
 Step = Callable[[], None]
 
@@ -176,7 +180,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--peak", type=float, help="TFLOP/s of the device, such as 989")
+    parser.add_argument("--peak-tflops", type=float, default=0.0)
     given = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(given.device)
@@ -204,23 +208,22 @@ def main() -> None:
             needed = seconds(run, device)
             if turn:  # the first one warms up
                 taken[name].append(needed)
-    own = np.array(taken["ours"])
-    best = min(list(subjects)[1:3], key=lambda name: np.mean(taken[name]))
+    times = {name: np.array(values) for name, values in taken.items()}
+    own = times["ours"]
+    best = min(list(subjects)[1:3], key=lambda name: times[name].mean())
     print(f"{given.size}/{given.patch_size}, batch {given.batch}, {given.precision}, {device}:")
     with FlopCount() as count:
         step()
-    done = count.flops / 1e12
-    each = own.mean() / given.batch
-    print(f"{each * 1e3:.1f} ms an image, {1 / each:.1f} images/s")
-    print(f"{done / given.batch:.4f} TFLOP an image, {done / own.mean():.3f} TFLOP/s")
-    if given.peak:
-        shares = done / own / given.peak
-        print(f"share of the device's {given.peak:g} TFLOP/s: {interval(shares.tolist())}")
-    print(f"over the plain step ({best}): {interval((np.array(taken[best]) / own).tolist())}")
-    if given.compile:
-        ratios = np.array(taken[best]) / np.array(taken["compiled"])
-        print(f"compiled, over the plain step: {interval(ratios.tolist())}")
-    print(f"share of the limit: {interval((np.array(taken['limit']) / own).tolist())}")
+    done, peak = count.flops / 1e12, peak_of(device, given.precision, given.peak_tflops)
+    print(f"{done / given.batch:.4f} TFLOP an image")
+    print(f"{best}: {interval((given.batch / times[best]).tolist())} images/s")
+    for name in ("ours", *(["compiled"] if given.compile else [])):
+        print(f"{name}: {interval((given.batch / times[name]).tolist())} images/s")
+        print(f"  over that: {interval((times[best] / times[name]).tolist())}")
+        print(f"  TFLOP/s: {interval((done / times[name]).tolist())}")
+        if peak is not None:
+            print(f"  share of {peak:g} TFLOP/s: {interval((done / times[name] / peak).tolist())}")
+    print(f"ours, share of the limit: {interval((times['limit'] / own).tolist())}")
 
 
 if __name__ == "__main__":
