@@ -33,7 +33,10 @@ from .tars import (
     refuse_compressed,
 )
 
-__all__ = ["IMAGE_EXTENSIONS", "ImageReader", "Split", "list_images"]
+__all__ = ["IMAGE_EXTENSIONS", "LOST", "ImageReader", "Split", "list_images"]
+
+LOST = "its disk has lost it"
+"""Why an image is a bad one that the system says it cannot read, where it can read others."""
 
 _PARQUET_ENDINGS = frozenset((".parquet",))
 _ARCHIVE_ENDINGS = _PARQUET_ENDINGS | TAR_ENDINGS | COMPRESSED_ENDINGS
@@ -226,7 +229,7 @@ class ImageReader:
             reason = error.strerror or "the file cannot be read"
             if error.errno in LOST_NUMBERS:
                 # Disks, and the same one at another time, say so in several ways.
-                reason = "its disk has lost it"
+                reason = LOST
             raise BadImage("unreadable", reason, type(error).__name__) from error
 
     def _of_size(self, size: int, data: bytes, key: str) -> bytes:

@@ -18,6 +18,7 @@ from ..pipeline.cluster_fitness import MAKE_BYTES
 from ..pipeline.options import plain_options
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
+from ..pipeline.sources import LOST
 from ..pipeline.watching import Watch
 from ..storage.files import NO_FILE, read_json, read_whole, write_json
 from ..storage.part_check import bad_in_shards, complete_store, damaged_shards
@@ -138,10 +139,11 @@ def _refuse_changed(place: StorePath, rows: Sequence[Mapping[str, Any]]) -> None
     ]
     unread = [row for row in changed if row["error_code"] == "unreadable"]
     if unread:
+        gone = all(row["error"] == LOST for row in unread)
         raise MismatchError(
             f"{len(unread)} images cannot be read now and could be when {place} was written, such "
-            f"as {unread[0]['key']} ({unread[0]['error']}): see to it that they can, and run "
-            "again; or remove that file, and they become bad rows"
+            f"as {unread[0]['key']} ({unread[0]['error']}): see to it that they can, and run again"
+            + ("; or remove that file, and they become bad rows" if gone else "")
         )
     if changed:
         raise MismatchError(

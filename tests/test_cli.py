@@ -152,13 +152,18 @@ def test_cli__an_interrupted_command_says_how_to_go_on(
         time.sleep(60)  # until the signal comes
 
     monkeypatch.setattr(pretrain, "fit", interrupted)
-    before = signal.getsignal(number)
-    outcome = semmae(
-        *("stage2", "pretrain", "--data", world.data, "--masking", "random", "--output", "run")
-    )
+    # A shell has its background jobs ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    terminated = signal.getsignal(signal.SIGTERM)
+    try:
+        outcome = semmae(
+            *("stage2", "pretrain", "--data", world.data, "--masking", "random", "--output", "run")
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert outcome.code == 128 + number
     assert_one_sentence(outcome, f"interrupted ({number.name}); the same command goes on")
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(signal.SIGTERM) is terminated
 
 
 class OutOfMemoryError(RuntimeError):

@@ -24,7 +24,6 @@ from semmae.pipeline.options import (
         ("batch_size", 0),
         ("batch_size", -4),
         ("micro_batch", -1),
-        ("micro_batch", 3),
         ("base_learning_rate", 0.0),
         ("base_learning_rate", math.inf),
         ("base_learning_rate", math.nan),
