@@ -254,6 +254,9 @@ def _interruptible() -> Iterator[None]:
     """Within, Ctrl-C and SIGTERM, as batch systems send it, end the command in one sentence."""
 
     def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers say it more than once
+        # Batch systems send it to loader workers too, and torch would raise that they are gone.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise SystemExit(number)  # what Ray's own handler, which replaces this one, raises
 
     before = signal.signal(signal.SIGTERM, end)
