@@ -36,12 +36,10 @@ class _Actor:
     handle: Any
     held: list[int] = field(default_factory=list)
     """Shards that it was given and has not told the end of."""
+    asked: int | None = None
+    """The one that it was asked for last, which it may still be writing when it answers."""
     faults: int = 0
     """Times that its GPU failed since it last did a shard."""
-
-    @property
-    def holds(self) -> str:
-        return f"shard {' and '.join(map(str, self.held))}"
 
 
 class _Given:
@@ -95,6 +93,10 @@ class _Given:
                 self._take_back(actor, error)
             else:
                 actor.held = [s for s in actor.held if s not in dict(written)]
+                # Ray has a call wait for the next process of an actor that died after its answer.
+                gone = [s for s in actor.held if s != actor.asked]
+                if gone:
+                    self._give_back(actor, gone)
                 self._free.append(actor)
             self._give()
             for shard, record in written:
@@ -110,29 +112,36 @@ class _Given:
         while self._free and self._waiting:
             actor, shard = self._free.pop(), self._waiting.popleft()
             actor.held.append(shard)
-            self._asked[self._ask(actor.handle, shard)] = actor
+            self._ask_for(actor, shard)
         for actor in [actor for actor in self._free if actor.held]:
             self._free.remove(actor)
-            self._asked[self._ask(actor.handle, None)] = actor
+            self._ask_for(actor, None)
 
-    def _take_back(self, actor: _Actor, error: Exception) -> None:
-        """Give the shards of an actor that died to others, and have it started anew."""
-        if not actor.held:  # it cannot be started again
-            raise error
+    def _ask_for(self, actor: _Actor, shard: int | None) -> None:
+        actor.asked = shard
+        self._asked[self._ask(actor.handle, shard)] = actor
+
+    def _give_back(self, actor: _Actor, shards: list[int], error: Exception | None = None) -> None:
+        """Give shards to others that an actor's process died at."""
         self._deaths += 1
         if self._deaths > MOST_DEATHS * len(self._actors):
             raise UserError(
                 f"workers died {self._deaths} times and did not one shard: see whether memory "
                 "runs out when the learner is loaded, and use fewer --workers"
             ) from error
-        told = isinstance(error, WorkerLostError)
-        failed = told and not isinstance(error, WorkerFullError)
-        print(
-            f"{error}; " * told + f"a worker died at {actor.holds}, to be done by the next",
-            file=sys.stderr,
-        )
-        self._waiting.extendleft(reversed(actor.held))
-        actor.held, actor.faults = [], actor.faults + failed
+        told = f"{error}; " if isinstance(error, WorkerLostError) else ""
+        named = " and ".join(map(str, shards))
+        print(f"{told}a worker died at shard {named}, to be done by the next", file=sys.stderr)
+        self._waiting.extendleft(reversed(shards))
+        actor.held = [shard for shard in actor.held if shard not in shards]
+
+    def _take_back(self, actor: _Actor, error: Exception) -> None:
+        """Give the shards of an actor that died to others, and have it started anew."""
+        if not actor.held:  # it cannot be started again
+            raise error
+        self._give_back(actor, actor.held, error)
+        failed = isinstance(error, WorkerLostError) and not isinstance(error, WorkerFullError)
+        actor.faults += failed
         if actor.faults < MOST_FAULTS:
             self._asked[actor.handle.ready.remote()] = actor
             return

@@ -461,6 +461,37 @@ def test_map__an_actor_out_of_reach_for_a_while_may_tell_of_shards_twice(
     assert (len(actor.worked) > 5) == (lost < 7)
 
 
+class Forgets(Loses):
+    """Stands for an actor whose process dies after one of its answers, before it is asked again."""
+
+    def __init__(self, answers: int) -> None:
+        super().__init__(lost=0)
+        self._answers, self.asked = answers, 0
+
+    def ask(self, shard: int | None) -> Callable[[], str]:
+        answer = super().ask(shard)
+        self.asked += 1
+        assert self.asked < 20, "it is asked for ever"
+        if self.asked == self._answers:
+            self._before, self._behind = Future(), OneBehind(self._write)
+            self._before.set_result({})
+        return answer
+
+
+@pytest.mark.parametrize("answers", range(1, 7))
+def test_map__does_again_what_a_process_forgot_that_died_between_its_calls(
+    answers: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray, "wait", lambda asked, **_: (asked[:1], asked[1:]))
+    monkeypatch.setattr(ray, "get", lambda answer: answer())
+    actor = Forgets(answers)
+    given = ray_shards._Given([ray_shards._Actor(actor)], range(5), Forgets.ask)
+    assert sorted(record["shard"] for record in given.records(None)) == list(range(5))
+    assert sorted(actor.worked) == sorted([*range(5), *([answers - 1] if answers < 6 else [])])
+    told = capfd.readouterr().err
+    assert (f"a worker died at shard {answers - 1}, to be done" in told) == (answers < 6)
+
+
 def test_map__tells_how_far_shards_are(joined: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "WATCH_SECONDS", 0.2)
     records, told = run(Placement(workers=2, address=joined), lambda: Fake(1.5), range(4))
