@@ -29,6 +29,9 @@ _OTHERS = 8
 _FEW = 4096
 """Bytes that are read of each."""
 
+_MOST_LOST = 8
+"""Files that a disk may have lost, and one more a thousand that were read; beyond, it fails."""
+
 
 class FolderListing(NamedTuple):
     """What one folder holds; names that start with a dot do not count."""
@@ -66,6 +69,7 @@ class DataRoot(ABC):
         self.root = root
         self.read_ahead, self.skip_ahead = read_ahead, skip_ahead
         self._lost: set[str] = set()
+        self._asked_for = 0
 
     def place(self, path: str) -> str:
         """The whole name of a path, for messages."""
@@ -129,11 +133,17 @@ class DataRoot(ABC):
             OSError: The file itself is absent, forbidden, a folder, or lost while others near it
                 can be read.
             MissingError: Its whole folder is gone or empty, or forbidden; behind a URL, the root.
-            UserError: The storage does not answer.
+            UserError: The storage does not answer, or has lost more than a few files.
         """
         if path in self._lost:
             raise OSError(errno.EIO, os.strerror(errno.EIO), path)
-        return self._patiently_read(path, 0, None, partial(self._is_lost_alone, path))
+        self._asked_for += 1
+        return self._patiently_read(path, 0, None, partial(self._is_one_of_few, path))
+
+    def _is_one_of_few(self, path: str) -> bool:
+        """Whether a file is lost alone, and not one of many that a failing storage cannot give."""
+        few = len(self._lost) < _MOST_LOST + self._asked_for // 1000
+        return few and self._is_lost_alone(path)
 
     def _patiently_read(
         self, path: str, start: int, stop: int | None, alone: Callable[[], bool]

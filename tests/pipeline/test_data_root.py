@@ -207,6 +207,20 @@ def test_image_reader__a_lost_disk_is_told_from_a_lost_file_whatever_memory_hold
     assert len(set(others)) > 3
 
 
+def test_image_reader__many_lost_files_are_a_failing_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [picture(number) for number in range(20)]
+    reader = ImageReader(list_images(write_forms(tmp_path, images)["folder"]))
+    fail(monkeypatch, errno.EIO, *(str(key) for key in reader.plan.keys[1:10]))
+    for number in range(1, 9):
+        with pytest.raises(BadImage, match="its disk has lost it"):
+            reader.read(number)
+    with pytest.raises(UserError, match=r"storage of .* does not answer"):
+        reader.read(9)
+    assert reader.read(0)
+
+
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT])
 def test_image_reader__what_is_said_of_mounts_alone_is_no_bad_image(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
