@@ -229,7 +229,8 @@ def _with_flags(table: str, registered: _Registered) -> Any:
         if dry:
             registered.forecast(resolved)
             return
-        with _interruptible(), contextlib.redirect_stdout(sys.stdout if _speaks() else None):
+        heard = sys.stdout if _speaks() else None
+        with _interruptible(resolved), contextlib.redirect_stdout(heard):
             registered.run(resolved)
 
     parameters, fields = [], _fields(registered.options)
@@ -250,8 +251,8 @@ def _with_flags(table: str, registered: _Registered) -> Any:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Within, Ctrl-C and SIGTERM, as batch systems send it, end the command in one sentence."""
+def _interruptible(options: Any) -> Iterator[None]:
+    """Within, Ctrl-C and SIGTERM, as batch systems send it, end a command in one sentence."""
 
     def end(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers say it more than once
@@ -267,11 +268,24 @@ def _interruptible() -> Iterator[None]:
             raise
         number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
         if _speaks():
-            told = f"semmae: interrupted ({number.name}); the same command goes on from there"
+            told = f"semmae: interrupted ({number.name}); {_going_on(options)}"
             print(told, file=sys.stderr)
         raise typer.Exit(128 + number) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _going_on(options: Any) -> str:
+    """What becomes of a command that is cut off, where it is given once more."""
+    if not hasattr(options, "checkpoint_steps"):  # its output is no run
+        return "the same command goes on from there"
+    from .storage.checkpoints import newest_checkpoints  # torch takes seconds to load
+
+    found = newest_checkpoints(options.output)
+    if not found:
+        return f"{options.output} holds no checkpoint yet, the same command begins anew"
+    newest = max(found, key=lambda path: path.stat().st_mtime_ns)
+    return f"the same command goes on from {newest}"
 
 
 def _aliases(fields: Collection[str]) -> dict[str, str]:

@@ -314,7 +314,7 @@ class MaskedAutoencoder(nn.Module):
         """Take the faster of timm's two ways: the plain one in bfloat16 on CPUs, else the fused.
 
         Of a step of ViT-B/16 the fused one takes 20 % there, the plain one 8 %
-        (``benchmarks/pretraining_step.py --precision bf16``).
+        (``benchmarks/pretraining_step.py --precision bf16``).  GPUs are given the fused one.
         """
         fused = device_type != "cpu" or not torch.is_autocast_enabled("cpu")
         for block in [*self.encoder.blocks, *self.decoder_blocks]:

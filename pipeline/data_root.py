@@ -26,6 +26,9 @@ from ..storage.retries import LOST_NUMBERS, is_own_fault, patiently
 _OTHERS = 8
 """Files that are tried where one cannot be read, to see whether it is that one alone."""
 
+_LOOKED_AT = 10_000
+"""Files that these are looked for among, in a folder and in all."""
+
 _FEW = 4096
 """Bytes that are read of each."""
 
@@ -302,14 +305,22 @@ class LocalRoot(DataRoot):
         return False  # whatever it was has passed
 
     def _near(self, path: str) -> Iterator[str]:
-        """Other files of the file system that a file lies on, those of its folder first."""
+        """Other files of the file system that a file lies on, those of its folder first.
+
+        Not of all files that there are: a link may lead to a disk of its own.
+        """
         own, root = Path(self.root, path), Path(self.root)
         device = own.stat().st_dev  # where it is a link, that of what it leads to
         for top in (own.parent, root):
-            for folder, _, names in os.walk(top):
-                for other in (Path(folder, name) for name in names if name[0] != "."):
-                    if other != own and other.is_file() and other.stat().st_dev == device:
-                        yield str(other)
+            files = (
+                Path(folder, name)
+                for folder, _, names in os.walk(top)
+                for name in names
+                if name[0] != "."
+            )
+            for other in islice(files, _LOOKED_AT):
+                if other != own and other.is_file() and other.stat().st_dev == device:
+                    yield str(other)
 
     def _comes_from_disk(self, path: str) -> bool:
         """Whether the first bytes of a file can be read now, not from the system's memory."""

@@ -109,7 +109,7 @@ def batches_of(
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
         multiprocessing_context=context,
     )
     for batch in loader:
@@ -151,5 +151,7 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # What hands batches over would tell of a trainer that ends meanwhile, which says so itself.
+    sys.excepthook = lambda *_: None

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from ..pipeline.feeding import Batch
 from ..pipeline.loaders import SquashedData
 from ..pipeline.schedule import Draw
 from ..pipeline.views import recoloured_regions
+from .clustering import clustered
 from .encoder_learning import EncoderLearning
 
 if TYPE_CHECKING:
@@ -82,5 +82,4 @@ def appearance_words(data: SquashedData, patch_size: int, count: int, seed: int)
             f"--prototypes is {count}, but the images have {len(patches)} patches in all: expected "
             "fewer prototypes, or more images"
         )
-    kmeans = KMeans(count, n_init=1, random_state=seed % 2**32).fit(patches)
-    return torch.from_numpy(kmeans.cluster_centers_).float()
+    return torch.from_numpy(clustered(patches, count, 1, seed).cluster_centers_).float()

@@ -89,19 +89,21 @@ def fastest_batch_size(learner: Path, device: str, precision: str, sharing: int 
     half = AUTOCAST.get(precision)
     if place.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(1 / sharing, place)
-    while size <= MOST_BATCH:
-        try:
-            images = torch.zeros(size, *trained.image_size, 3, dtype=torch.uint8, device=place)
-            rate = size / _seconds(functools.partial(_maps, trained, images, half), place)
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out_of_memory(error):
-                raise
-            break
-        if rate < _FASTER * fastest:
-            break
-        best, fastest, size = size, rate, 2 * size
-    if place.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0, place)
+    try:
+        while size <= MOST_BATCH:
+            try:
+                images = torch.zeros(size, *trained.image_size, 3, dtype=torch.uint8, device=place)
+                rate = size / _seconds(functools.partial(_maps, trained, images, half), place)
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out_of_memory(error):
+                    raise
+                break
+            if rate < _FASTER * fastest:
+                break
+            best, fastest, size = size, rate, 2 * size
+    finally:
+        if place.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, place)
     return best
 
 

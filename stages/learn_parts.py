@@ -36,7 +36,8 @@ from .networks import (
 from .part_rounds import goes_on, later_rounds, sample_looks
 from .part_start import sample_tokens, started_learner, voting_learner
 from .part_training import CachedTokens, PartLearning
-from .place_learning import LEAST_TOLD, learn_places, sample_place_views
+from .place_learning import LEAST_TOLD, PLACES, learn_places, sample_place_views
+from .predictor_learning import kept_teacher
 from .second_views import sample_views
 
 
@@ -437,7 +438,7 @@ def _started(
     grid = _grid(size, encoder)
     if not options.learns_places:
         return started_learner(tokens, grid, options)
-    voter = voting_learner(tokens, grid, options)
+    voter = kept_teacher(options.output / PLACES) or voting_learner(tokens, grid, options)
     if not begun:
         begin(PartLearning.kind, options, images)
         save_encoder(encoder, options.output / ENCODER_FILE)
@@ -445,7 +446,7 @@ def _started(
         options = replace(options, background="none")
     count, seed = options.place_images, options.seed
     views = partial(sample_place_views, encoder, voter, images, size, count, seed)
-    places, told = learn_places(views, images.fingerprint, tokens.patches, grid, options)
+    places, told = learn_places(views, images.fingerprint, tokens.patches, grid, options, voter)
     if options.by_places and told < LEAST_TOLD:
         if options.told_by == "places":
             raise SettingError(

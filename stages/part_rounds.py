@@ -33,6 +33,7 @@ from .predictor_learning import (
     LessonData,
     PredictorLearning,
     fingerprint_of,
+    kept_teacher,
     learned,
     measure,
     options_within,
@@ -252,15 +253,17 @@ def later_rounds(
     device = choose_device(options.device)
     for number in range(2, options.rounds + 1):
         print(f"round {number} of {options.rounds}", file=sys.stderr)
-        seed, before = options.seed + number, learner.predictor
+        name, seed = f"round-{number}", options.seed + number
+        learner = kept_teacher(options.output / name) or learner
+        before = learner.predictor
         assert before is not None
         sources = {"images": images, "predictor of the round before": fingerprint_of(before)}
         lessons = partial(_lessons, learner, looks, device)
-        data = LessonData(lessons, sources, options.round_steps, seed)
+        data = LessonData(lessons, sources, options.round_steps, seed, learner)
         again = before if isinstance(before, PartPredictor) else None
         patches, width = tokens.patches.shape[1:]
         task = CropLearning(f"round {number}", data, width, patches, parts, again, seed)
-        predictor = learn_parts_again(task, options_within(options, f"round-{number}", seed))
+        predictor = learn_parts_again(task, options_within(options, name, seed))
         learner = started_learner(tokens, grid, options, predictor)
     return learner
 

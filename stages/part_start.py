@@ -20,6 +20,7 @@ from ..models.predictors import PartPredictor, PatchPredictor
 from ..pipeline.image_source import ImageSource, batches_in_order, drawn
 from ..pipeline.progress import Progress
 from .background_vote import objectness_of
+from .clustering import clustered
 from .evals.metrics import fixed_grid
 
 if TYPE_CHECKING:
@@ -287,4 +288,4 @@ def _cluster(tokens: NDArray[np.float32], clusters: int, seed: int) -> KMeans:
             f"{len(chosen)} patches cannot make {clusters} clusters: expected more images, "
             "or fewer --num-parts and --clusters"
         )
-    return KMeans(clusters, n_init=3, random_state=seed % 2**32).fit(tokens[np.sort(chosen)])
+    return clustered(tokens[np.sort(chosen)], clusters, 3, seed)

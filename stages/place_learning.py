@@ -34,6 +34,9 @@ WINDOW_AREA = (0.2, 0.32)
 CROP_AREA = (0.2, 1.0)
 """Share of the image's area in a crop, which is blown up to the whole image's size."""
 
+PLACES = "places"
+"""The run that learns them, in the folder of the learner that they are for."""
+
 LEAST_TOLD = 0.05
 """Nats that tokens must tell of their place, for parts to be told by it."""
 
@@ -132,6 +135,7 @@ def learn_places(
     tokens: Tensor,
     grid: tuple[int, int],
     options: "LearnPartsOptions",
+    voter: PartLearner | None = None,
 ) -> tuple[PlacePredictor, float]:
     """A predictor of places, and how much tokens tell it; a run of its own in ``RUN/places``.
 
@@ -141,14 +145,15 @@ def learn_places(
         tokens: As of `PlaceLearning`.
         grid: Likewise.
         options: The learner's settings.
+        voter: What tells the objects in the views, if it is to be kept beside the run.
 
     Returns:
         The predictor, on the CPU, frozen; and nats that object patches of windows (the first kind)
         of images that it has not learned from tell of their place.
     """
-    data = LessonData(views, {"images": images}, options.place_steps, options.seed)
+    data = LessonData(views, {"images": images}, options.place_steps, options.seed, voter)
     task = PlaceLearning(data, tokens, grid, options.seed)
-    model, told = learned(task, options_within(options, "places", options.seed))
+    model, told = learned(task, options_within(options, PLACES, options.seed))
     print(f"patch tokens tell {told:.2f} nats of where on the object they lie", file=sys.stderr)
     return model, told
 

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.encoders import AT_ONCE
+from ..models.parts import PartLearner
 from ..models.predictors import PatchPredictor
 from ..pipeline.feeding import Batch
 from ..pipeline.options import TrainingOptions, training_settings
@@ -25,7 +27,9 @@ from ..pipeline.runs import Run
 from ..pipeline.schedule import Draw
 from ..pipeline.tasks import Task
 from ..pipeline.training import fit
-from ..storage.checkpoints import weight_file
+from ..storage.checkpoints import checkpoints, load_checkpoint, weight_file
+from ..storage.files import write_atomically
+from .networks import learner_of
 
 Predictor = TypeVar("Predictor", bound=PatchPredictor)
 
@@ -39,6 +43,9 @@ HELD_OUT = 0.1
 
 CHECKPOINT_STEPS = 250
 """Steps between checkpoints, where the options ask for none: a minute or two on a CPU."""
+
+TEACHER_FILE = "teacher.pt"
+"""The learner that gives a run its targets, in the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,7 @@ class LessonData:
         sources: Fingerprints by name of what they are made of, the images among them.
         steps: Of the run, of `WHOLES_A_STEP` draws each.
         seed: Of the images that are held out, and of the order of the others.
+        teacher: What says what patches are, if it is to be kept beside the run, for `kept_teacher`.
     """
 
     def __init__(
@@ -106,9 +114,10 @@ class LessonData:
         sources: Mapping[str, str],
         steps: int,
         seed: int,
+        teacher: PartLearner | None = None,
     ) -> None:
         self._make, self._steps, self._seed = make, steps, seed
-        self.sources = dict(sources)
+        self.sources, self.teacher = dict(sources), teacher
 
     @property
     def fingerprint(self) -> str:
@@ -197,6 +206,14 @@ class PredictorLearning(Task, Generic[Predictor]):
         kinds = self.predictor.last.out_channels - 1
         self.architecture = {"width": width, "kinds": kinds, "patches": patches}
 
+    def begin(self, folder: Path) -> None:
+        """Keep the teacher."""
+        teacher = self.data.teacher
+        if teacher is not None and not checkpoints(folder):
+            record = teacher.architecture.to_record()
+            content = weight_file({"architecture": record, "model": teacher.state_dict()})
+            write_atomically(folder / TEACHER_FILE, content)
+
     def optimizer(self, learning_rate: float, options: TrainingOptions) -> torch.optim.Optimizer:
         """AdamW; all weights decay."""
         return torch.optim.AdamW(
@@ -244,6 +261,22 @@ class PredictorLearning(Task, Generic[Predictor]):
     @abc.abstractmethod
     def measure(self) -> None:
         """Set the predictor's statistics, as `measure` does."""
+
+
+def kept_teacher(folder: Path) -> PartLearner | None:
+    """What gave a run its targets where it began, on the CPU; None where no run is gone on with.
+
+    Made once more, it could number its parts otherwise: a GPU does not compute alike to the bit.
+
+    Args:
+        folder: Of the run.
+
+    Raises:
+        MissingError, DamageError, MismatchError: The run has checkpoints, and no sound teacher.
+    """
+    if not checkpoints(folder):
+        return None
+    return learner_of(load_checkpoint(folder / TEACHER_FILE), folder / TEACHER_FILE)
 
 
 def learned(

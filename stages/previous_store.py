@@ -48,6 +48,10 @@ class PreviousStore(PartStore):
     What is asked of it must lie in its `shards`.
     """
 
+    def _objects_of(self, shard: int) -> dict[str, dict[str, int]]:
+        with _telling_damage(self, shard):
+            return super()._objects_of(shard)
+
     @classmethod
     def open(cls, path: StorePath) -> PartStore:
         """Open a store, complete or not; its objects are checked when they are read.
@@ -66,7 +70,9 @@ class PreviousStore(PartStore):
         """
         with contextlib.suppress(MissingError):
             read_json(path / "complete.json")
-            return super().open(path)
+            store = super().open(path)
+            _ = store._objects  # so that a damaged record is told now, and as its own shard's
+            return store
         plan, identity = read_set_up(path)
         standing = {"plan": record_crc32(plan)}
 
@@ -216,10 +222,10 @@ class PreviousRows:
 
 @contextlib.contextmanager
 def _telling_damage(old: PartStore, shard: int) -> Iterator[None]:
-    """Says what to do where a shard of the earlier store is damaged."""
+    """Says what to do where a shard of the earlier store is damaged, or its record is gone."""
     try:
         yield
-    except DamageError as error:
+    except (DamageError, MissingError) as error:
         raise DamageError(
             f"{error}: mend the earlier store by `semmae parts repair {old.path}`; or, where its "
             f"images are no longer those of then, remove complete.json and {commit_name(shard)} "

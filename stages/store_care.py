@@ -26,6 +26,7 @@ from ..storage.retries import LOST_NUMBERS
 from ..storage.store_paths import StorePath, store_path
 from .extract_parts import ExtractPartsOptions, extract_parts
 from .import_parts import ImportPartsOptions, import_parts
+from .previous_store import PreviousStore
 
 
 class _Maker(NamedTuple):
@@ -111,7 +112,8 @@ def repair_parts(options: RepairPartsOptions) -> list[Fault]:
         What was wrong before and is right now.
 
     Raises:
-        MissingError: There is no store, or no record of the run that made it.
+        MissingError: There is no store, or no record of the run that made it, or the store that
+            it took rows from is gone.
         SettingError: A setting does not belong to the command that made the store.
         MismatchError: Images, learner or labels are no longer those of the store; an image that
             kept its size is told by meta rows that still stand.
@@ -133,7 +135,10 @@ def repair_parts(options: RepairPartsOptions) -> list[Fault]:
             raise SettingError(
                 f"--{unknown[0]} is no setting of what made {options.parts}: leave it out"
             )
-        maker.run(maker.options(**{**settings, **given, "output": options.parts}))
+        wanted = {**settings, **given, "output": options.parts}
+        if wanted.get("update") is not None:
+            _refuse_gone(options.parts, wanted["update"])
+        maker.run(maker.options(**wanted))
     if foreign := foreign_objects(options.parts):
         names = ", ".join(fault.name for fault in sorted(foreign)[:5])
         raise DamageError(
@@ -141,6 +146,19 @@ def repair_parts(options: RepairPartsOptions) -> list[Fault]:
             "them; all that is its own is right now"
         )
     return mendable
+
+
+def _refuse_gone(path: StorePath, earlier: StorePath) -> None:
+    """Refuse to mend an updated store whose rows were those of one that is gone."""
+    try:
+        PreviousStore.open(earlier)
+    except MissingError as error:
+        raise MissingError(
+            f"{path} took rows over from {earlier}, which is gone ({error}): say by --update where "
+            "it is now; or make a new store of shards that stand here: remove complete.json, and "
+            "the records of damaged shards in commits/, and give `semmae stage1 extract-parts "
+            f"--update {path}` another --output"
+        ) from error
 
 
 def _remove_lost(path: StorePath, faults: list[Fault]) -> None:

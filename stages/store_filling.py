@@ -251,7 +251,7 @@ def _tell_other_versions(output: StorePath) -> None:
     others = [
         f"{name} {now} ({before[name]} then)"
         for name, now in _versions().items()
-        if before.get(name, now) != now
+        if before.get(name, now).partition("+")[0] != now
     ]
     if others:
         print(

@@ -162,7 +162,7 @@ def test_cli__an_interrupted_command_says_how_to_go_on(
     finally:
         signal.signal(signal.SIGINT, before)
     assert outcome.code == 128 + number
-    assert_one_sentence(outcome, f"interrupted ({number.name}); the same command goes on")
+    assert_one_sentence(outcome, f"interrupted ({number.name}); run holds no checkpoint yet")
     assert signal.getsignal(signal.SIGTERM) is terminated
 
 

@@ -40,9 +40,15 @@ def pretraining(world: World, output: Path, *more: str) -> list[str]:
 
 
 def started(command: list[str], said: Path) -> subprocess.Popen[bytes]:
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """A command in a process group of its own."""
     with said.open("wb") as opened:
-        return subprocess.Popen([sys.executable, *command], stdout=opened, stderr=opened, env=quiet)
+        return subprocess.Popen(
+            [sys.executable, *command],
+            stdout=opened,
+            stderr=opened,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +83,52 @@ def test_torchrun__goes_on_by_itself_where_a_process_is_lost(
     assert same(checkpoints(tmp_path / "run")[-1][1], whole)
 
 
-def kill_one(running: subprocess.Popen[bytes], run: Path, name: str) -> None:
-    """Kill a process of that name once some checkpoints are there."""
+def wait_for_checkpoints(running: subprocess.Popen[bytes], run: Path) -> None:
     deadline = time.monotonic() + 240
     while len(checkpoints(run)) < 2:
         assert running.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("everyone", [False, True])
+def test_pretrain__ended_by_sigterm_says_where_it_goes_on(
+    everyone: bool, world: World, tmp_path: Path
+) -> None:
+    """Of its own process, or of its loader workers too, as Slurm ends a job."""
+    run = tmp_path / "run"
+    command = pretraining(world, run, "--epochs", "5000", "--loader-workers", "2")
+    running = started(command, tmp_path / "said")
+    wait_for_checkpoints(running, run)
+    (os.killpg if everyone else os.kill)(running.pid, signal.SIGTERM)
+    assert running.wait(60) == 143
+    *before, said = (tmp_path / "said").read_text().splitlines()
+    newest = checkpoints(run)[-1][1]
+    assert said == f"semmae: interrupted (SIGTERM); the same command goes on from {newest}"
+    assert not any("Traceback" in line or line.startswith("semmae: ") for line in before)
+
+
+@pytest.mark.launchers
+@pytest.mark.parametrize("launcher", ["torchrun", "ray"])
+def test_launchers__say_once_that_sigterm_ended_the_run(
+    launcher: str, world: World, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    more = RAY if launcher == "ray" else []
+    command = pretraining(world, run, "--epochs", "5000", *more)
+    running = started(command if more else [*TORCHRUN, *command], tmp_path / "said")
+    wait_for_checkpoints(running, run)
+    os.kill(running.pid, signal.SIGTERM)
+    code, text = running.wait(120), (tmp_path / "said").read_text()
+    assert code == 143 if more else code != 0, text  # torchrun has a code of its own
+    newest = checkpoints(run)[-1][1]
+    said = f"semmae: interrupted (SIGTERM); the same command goes on from {newest}\n"
+    assert text.count(said) == text.count("semmae: ") == 1, text
+
+
+def kill_one(running: subprocess.Popen[bytes], run: Path, name: str) -> None:
+    """Kill a process of that name once some checkpoints are there."""
+    wait_for_checkpoints(running, run)
     named = []
     for process in family(running.pid)[1:]:
         words = (Path("/proc") / str(process) / "cmdline").read_bytes()

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
 
 from ...errors import MissingError, SettingError
 from ...models.parts import PartLearner
@@ -17,6 +16,7 @@ from ...pipeline.image_source import ImageSource, drawn
 from ...pipeline.options import choose_device
 from ...pipeline.progress import Progress
 from ...pipeline.sources import Split, list_images
+from ..clustering import clustered
 from ..label_images import Labels, label_path, true_labels
 from ..networks import TrainedLearner, open_learner
 from .metrics import coherence
@@ -209,8 +209,8 @@ def class_clusters(class_tokens: torch.Tensor, seed: int) -> NDArray[np.int64]:
     """Cluster of each image by its class token (N, S), standardised; int64 (N,)."""
     apart = class_tokens - class_tokens.mean(dim=0)
     points = (apart / (apart.std(dim=0, correction=0) + 1e-6)).numpy()
-    kmeans = KMeans(min(CLUSTERS, len(points)), n_init=3, random_state=seed % 2**32)
-    return np.asarray(kmeans.fit_predict(points), dtype=np.int64)
+    kmeans = clustered(points, min(CLUSTERS, len(points)), 3, seed)
+    return np.asarray(kmeans.labels_, dtype=np.int64)
 
 
 def _probed(

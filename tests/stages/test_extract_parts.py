@@ -75,6 +75,39 @@ def test_extract_parts__ray_workers_write_the_same_bytes_as_none(
     assert [name for name in here if here[name] != there[name]] == []
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+        ),
+    ],
+)
+def test_extract_parts__on_one_device_without_ray_finds_the_same_parts(
+    device: str, precision: str, world: World, tmp_path: Path
+) -> None:
+    extract_parts(
+        options_for(
+            *(world, tmp_path / "store"),
+            device=device,
+            precision=precision,
+            class_attention=True,
+            probabilities=True,
+        )
+    )
+    store, known = PartStore.open(tmp_path / "store"), PartStore.open(world.store)
+    assert (np.asarray(store.labels()) == np.asarray(known.labels())).mean() >= 0.98
+    there = ["key", "status", "crc32"]
+    assert store.meta(there).equals(known.meta(there))
+    total = np.asarray(store.probabilities()[:], dtype=np.float32).sum(axis=1)
+    np.testing.assert_allclose(total, 1.0, atol=0.01)
+    attention = np.asarray(store.class_attention()[:], dtype=np.float32)
+    assert (attention >= 0).all()
+    assert (attention.sum(axis=(2, 3)) <= 1.01).all()
+
+
 def test_extract_parts__of_a_plan_in_a_file_is_that_of_one_in_memory(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from semmae.errors import MismatchError, SettingError
+from semmae.errors import MismatchError, MissingError, SettingError
 from semmae.pipeline.feeding import Batch
 from semmae.stages import learn_parts as learning
+from semmae.stages import part_start
 from semmae.stages.learn_parts import LearnPartsOptions, learn_parts
-from semmae.stages.predictor_learning import PredictorLearning
+from semmae.stages.predictor_learning import TEACHER_FILE, PredictorLearning
 from semmae.storage.checkpoints import checkpoints
 from semmae.tests.pipeline.peers import together
 from semmae.tests.pipeline.tiny import same
@@ -136,6 +137,42 @@ def test_learn_parts__finds_a_start_that_is_done(
     path, steps = learned(0, given(world, tmp_path / "run"), go_on)
     assert not steps
     assert same(path, newest(whole))
+
+
+def otherwise(measured: Callable[..., Any], *given: Any) -> Any:
+    """What k-means, or the vote, might say of tokens that another GPU computed: the reverse."""
+    return measured(*given)[::-1].copy()
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "folder", "hook"),
+    [("places", 7, "places", "objectness_of"), ("round 2", 6, "round-2", "part_order")],
+)
+def test_learn_parts__goes_on_with_the_targets_that_a_run_began_with(
+    world: World,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    at: int,
+    folder: str,
+    hook: str,
+) -> None:
+    interrupt(given(world, tmp_path), name, at)
+    monkeypatch.setattr(part_start, hook, partial(otherwise, getattr(part_start, hook)))
+    learned(0, given(world, tmp_path), go_on)
+    assert same(newest(tmp_path / folder), newest(whole / folder))
+    last = list(INNER.values())[-1][0]
+    assert not same(newest(tmp_path / last), newest(whole / last))  # the hook had an effect
+
+
+def test_learn_parts__refuses_to_go_on_without_the_targets_of_then(
+    world: World, tmp_path: Path
+) -> None:
+    interrupt(given(world, tmp_path), "round 2", 6)
+    (tmp_path / "round-2" / TEACHER_FILE).unlink()
+    with pytest.raises(MissingError, match=r"round-2/teacher\.pt"):
+        learned(0, given(world, tmp_path), go_on)
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,19 @@ def test_update__a_damaged_shard_of_the_earlier_store_can_be_done_without(
     assert sum(Counts.seen[-3:]) == 64
 
 
+@pytest.mark.parametrize("content", [b"?", None])
+def test_update__names_the_record_that_is_damaged_before_anything_is_done(
+    world: World, old: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    place = old / "commits/00002.json"
+    place.unlink() if content is None else place.write_bytes(content)
+    told = r"00002.*parts repair.*remove complete\.json and commits/00002\.json"
+    with pytest.raises(DamageError, match=told) as raised:
+        extract_parts(options_for(world, Path(world.data), tmp_path / "new", update=old), Counts)
+    assert str(raised.value).count("parts repair") == 1
+    assert not (tmp_path / "new").exists()
+
+
 def test_previous_store__knows_a_complete_store_as_before_and_an_unfinished_one_by_its_shards(
     old: Path, unfinished: Path, world: World
 ) -> None:

@@ -1,6 +1,7 @@
 import random
 import shutil
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,28 @@ def test_repair_parts__of_an_updated_store_takes_the_old_one_where_it_is_now(
     (new.output / "commits/00001.json").unlink()
     repair_parts(RepairPartsOptions(parts=new.output, update=tmp_path / "moved"))
     assert lasting_bytes(new.output) == sound
+
+
+def test_repair_parts__of_an_updated_store_whose_old_one_is_gone_says_the_ways_out(
+    store: Path, world: World, tmp_path: Path
+) -> None:
+    new = ExtractPartsOptions(
+        data=world.data, learner=world.learner, output=tmp_path / "new", update=store
+    )
+    extract_parts(new)
+    shutil.rmtree(store)
+    (new.output / "commits/00001.json").write_bytes(b"?")
+    before = lasting_bytes(new.output)
+    told = rf"{store}, which is gone .*by --update where .*complete\.json.* --update {new.output}"
+    with pytest.raises(MissingError, match=told):
+        repair_parts(RepairPartsOptions(parts=new.output))
+    assert lasting_bytes(new.output) == before
+    # The other way out, as it is told.
+    for name in ("complete.json", "commits/00001.json"):
+        (new.output / name).unlink()
+    again = replace(new, output=tmp_path / "newer", update=new.output)
+    extract_parts(again)
+    assert not verify_parts(again.output)
 
 
 def test_repair_parts__leaves_foreign_files_and_names_them(store: Path) -> None:
