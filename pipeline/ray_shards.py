@@ -190,8 +190,8 @@ class ShardActors:
         tally: Any = ray.remote(num_cpus=0, max_restarts=-1)(Tally).remote()
 
         def ask(actor: Any, shard: int | None) -> Any:
-            # Not tried again by Ray, as nothing is by default: another actor may be free.
-            return actor.work.remote(make_worker, tally, shard)
+            # Not tried again by Ray: another actor may be free.
+            return actor.work.options(max_task_retries=0).remote(make_worker, tally, shard)
 
         with contextlib.ExitStack() as stack:
             if watch is not None:
@@ -208,7 +208,8 @@ class ShardActors:
         """As many actors as can be of use; those that are there already are among them."""
         import ray
 
-        kind: Any = ray.remote(max_restarts=-1, **self._cluster.share.options)
+        # With retries calls wait for an actor that restarts; without, Ray refuses them meanwhile.
+        kind: Any = ray.remote(max_restarts=-1, max_task_retries=-1, **self._cluster.share.options)
         while len(self._there) < min(self._cluster.placement.workers, shards):
             self._there.append(_Actor(kind(ShardActor).remote()))
         return self._there
