@@ -65,10 +65,15 @@ def add_bad_images(data: Path) -> dict[str, str]:
 
 @pytest.mark.xdist_group("ray")
 def test_extract_parts__ray_workers_write_the_same_bytes_as_none(
-    world: World, tmp_path: Path
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     extract_parts(options_for(world, tmp_path / "none", cache_images=24))
+    capfd.readouterr()
     extract_parts(options_for(world, tmp_path / "ray", cache_images=24, workers=2))
+    out, said = capfd.readouterr()
+    assert not out
+    own = ("extracting parts: ", "checking: ", "2 workers, ", f"{tmp_path / 'ray'}: begins ")
+    assert [line for line in said.splitlines() if not line.startswith(own)] == []  # none of Ray's
     here, there = lasting_bytes(tmp_path / "none"), lasting_bytes(tmp_path / "ray")
     assert {"images/00000.jpeg", "images/00002.jpeg"} <= here.keys()
     assert here.keys() == there.keys()
