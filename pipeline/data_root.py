@@ -144,9 +144,17 @@ class DataRoot(ABC):
         return self._patiently_read(path, 0, None, partial(self._is_one_of_few, path))
 
     def _is_one_of_few(self, path: str) -> bool:
-        """Whether a file is lost alone, and not one of many that a failing storage cannot give."""
-        few = len(self._lost) < _MOST_LOST + self._asked_for // 1000
-        return few and self._is_lost_alone(path)
+        """Whether a file is lost alone; raises if too many are by now."""
+        if not self._is_lost_alone(path):
+            return False
+        if len(self._lost) < _MOST_LOST + self._asked_for // 1000:
+            return True
+        lost = [*sorted(self._lost)[:3], path]
+        raise UserError(
+            f"the disk of {self.root} has lost {len(self._lost) + 1} images ({', '.join(lost)}), "
+            "too many to go on without them: copy what can be read to another disk, or move those "
+            "that cannot be read away, and run the command again"
+        )
 
     def _patiently_read(
         self, path: str, start: int, stop: int | None, alone: Callable[[], bool]

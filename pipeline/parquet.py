@@ -128,13 +128,13 @@ class ParquetImages:
     once share one read of it.
 
     Args:
-        root: Folder that the paths are relative to.
+        root: Folder that the paths are relative to; kept as an attribute.
         in_memory: Whether whole files are kept once one of their images is read; else the last two
             row groups are.
     """
 
     def __init__(self, root: DataRoot, in_memory: bool) -> None:
-        self._root, self._in_memory = root, in_memory
+        self.root, self._in_memory = root, in_memory
         self._whole = SingleFlight(self._load_file)
         self._group_starts = SingleFlight(self._load_group_starts)
         self._group = SingleFlight(self._load_group, _CACHED_ROW_GROUPS)
@@ -169,7 +169,7 @@ class ParquetImages:
         column, first = self._column_with(path, row)
         if row - first >= len(column):
             raise DamageError(
-                f"{self._root.place(path)} has fewer rows than when it was listed: list the data "
+                f"{self.root.place(path)} has fewer rows than when it was listed: list the data "
                 "again"
             )
         data: bytes | None = column[row - first].as_py()
@@ -186,19 +186,19 @@ class ParquetImages:
         return self._group(path, group), int(starts[group])
 
     def _load_file(self, path: str) -> pa.ChunkedArray:
-        with _opened(self._root, path) as file:
-            columns = [_image_column(file, self._root.place(path))]
+        with _opened(self.root, path) as file:
+            columns = [_image_column(file, self.root.place(path))]
             return _encoded(file.read(columns=columns, use_threads=False)["image"])
 
     def _load_group_starts(self, path: str) -> NDArray[np.int64]:
         """First row of each row group, then the number of rows."""
-        with _opened(self._root, path) as file:
+        with _opened(self.root, path) as file:
             groups = range(file.num_row_groups)
             counts = [file.metadata.row_group(group).num_rows for group in groups]
         return np.cumsum([0, *counts])
 
     def _load_group(self, path: str, group: int) -> pa.ChunkedArray:
-        with _opened(self._root, path) as file:
-            columns = [_image_column(file, self._root.place(path))]
+        with _opened(self.root, path) as file:
+            columns = [_image_column(file, self.root.place(path))]
             table = file.read_row_group(group, columns=columns, use_threads=False)
             return _encoded(table["image"])

@@ -153,7 +153,8 @@ class ImageReader:
     Args:
         plan: What to read.
         in_memory_limit: Bytes of encoded images up to which Parquet is kept in memory.
-        parquet: What reads Parquet below the plan's root, with what it keeps; None for a new one.
+        parquet: What reads Parquet below the plan's root, with what it keeps, and that root, which
+            counts the files that its disk has lost; None for new ones.
     """
 
     def __init__(
@@ -169,8 +170,8 @@ class ImageReader:
         self._sizes = plan.sizes
         self._in_parquet = (self._rows >= 0) & (self._offsets < 0)
         self._in_memory = int(self._sizes[self._in_parquet].sum()) <= in_memory_limit
-        self._root = open_root(plan.root)
-        self._parquet = parquet or ParquetImages(self._root, self._in_memory)
+        self._parquet = parquet or ParquetImages(open_root(plan.root), self._in_memory)
+        self._root = self._parquet.root
 
     def __len__(self) -> int:
         return len(self.plan)

@@ -23,7 +23,7 @@ from ..storage.store_paths import StorePath, lasts, sizes_below
 from .extract_parts import ExtractPartsOptions, store_identity, worker_inputs, worker_settings
 from .extraction_worker import ExtractionWorker
 from .pace import steady_seconds
-from .previous_store import keep_previous, previous_rows, refuse_other_parts
+from .previous_store import PreviousStore, keep_previous, previous_rows, refuse_other_parts
 from .worker_settings import WorkerSettings
 
 _BLOCK = 1 << 20
@@ -52,7 +52,7 @@ def forecast_extraction(options: ExtractPartsOptions) -> dict[str, Any]:
     with open_workers(options.placement) as workers:
         plan = list_images(options.data, options.split)
         workers.refuse_hidden(worker_inputs(options, plan))
-        old = PartStore.open(options.update) if options.update else None
+        old = PreviousStore.open(options.update) if options.update else None
         identity = store_identity(options, plan, workers, old)
         if old is not None:
             refuse_other_parts(old, identity)

@@ -11,6 +11,7 @@ from ..errors import ran_out_of_memory
 from ..pipeline.cached_images import RECIPES
 from ..pipeline.options import choose_device
 from ..storage.part_identity import StoreIdentity, shard_size_for
+from .device_faults import device_faults
 from .extract_parts import ExtractPartsOptions
 from .extraction_worker import AUTOCAST
 from .networks import TrainedLearner, open_learner
@@ -80,30 +81,36 @@ def fastest_batch_size(learner: Path, device: str, precision: str, sharing: int 
         device: Device to try on.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         sharing: Workers that share the device, if it is a GPU, and its memory.
+
+    Raises:
+        UserError: The device has no room for the networks.
+        WorkerLostError: The GPU failed.
     """
-    best, size, fastest = 1, 8, 0.0
-    trained = open_learner(learner)
-    place = choose_device(device)
-    trained.encoder.to(place)
-    trained.learner.to(place)
-    half = AUTOCAST.get(precision)
-    if place.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1 / sharing, place)
-    try:
-        while size <= MOST_BATCH:
-            try:
-                images = torch.zeros(size, *trained.image_size, 3, dtype=torch.uint8, device=place)
-                rate = size / _seconds(functools.partial(_maps, trained, images, half), place)
-            except (RuntimeError, MemoryError) as error:
-                if not ran_out_of_memory(error):
-                    raise
-                break
-            if rate < _FASTER * fastest:
-                break
-            best, fastest, size = size, rate, 2 * size
-    finally:
+    trained, place = open_learner(learner), choose_device(device)
+    with device_faults(place, "start fewer workers a GPU, as not even the networks fit"):
+        trained.encoder.to(place)
+        trained.learner.to(place)
+        if place.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1 / sharing, place)
+        best = _fastest(trained, place, AUTOCAST.get(precision))
         if place.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, place)
+    return best
+
+
+def _fastest(trained: TrainedLearner, device: torch.device, half: torch.dtype | None) -> int:
+    best, size, fastest = 1, 8, 0.0
+    while size <= MOST_BATCH:
+        try:
+            images = torch.zeros(size, *trained.image_size, 3, dtype=torch.uint8, device=device)
+            rate = size / _seconds(functools.partial(_maps, trained, images, half), device)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            break
+        if rate < _FASTER * fastest:
+            break
+        best, fastest, size = size, rate, 2 * size
     return best
 
 

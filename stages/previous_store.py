@@ -69,7 +69,13 @@ class PreviousStore(PartStore):
             UnreadableError: The system refuses to read a record.
         """
         with contextlib.suppress(MissingError):
-            read_json(path / "complete.json")
+            try:
+                read_json(path / "complete.json")
+            except DamageError as error:
+                raise DamageError(
+                    f"{error}: mend the earlier store by `semmae parts repair {path}`, or remove "
+                    "that file, which has its shards taken one by one"
+                ) from error
             store = super().open(path)
             _ = store._objects  # so that a damaged record is told now, and as its own shard's
             return store

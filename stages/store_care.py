@@ -19,6 +19,7 @@ from ..storage.part_check import (
     check_plan,
     check_shards,
     check_shards_alone,
+    complete_store,
     foreign_objects,
 )
 from ..storage.part_records import read_set_up
@@ -121,23 +122,16 @@ def repair_parts(options: RepairPartsOptions) -> list[Fault]:
         UnreadableError: The storage fails, so that nothing is known of what is there.
     """
     before = verify_parts(options.parts)
-    _remove_lost(options.parts, before)
     mendable = [fault for fault in before if not fault.foreign]
-    if mendable:
+    if {fault.name for fault in mendable} == {"complete.json"}:
+        _remove_lost(options.parts, before)
+        complete_store(options.parts)
+    elif mendable:
         maker, settings = _last_run(options.parts)
-        given = {
-            field.name: getattr(options, field.name)
-            for field in dataclasses.fields(options)
-            if field.name != "parts" and getattr(options, field.name) is not None
-        }
-        unknown = sorted(given.keys() - {field.name for field in dataclasses.fields(maker.options)})
-        if unknown:
-            raise SettingError(
-                f"--{unknown[0]} is no setting of what made {options.parts}: leave it out"
-            )
-        wanted = {**settings, **given, "output": options.parts}
+        wanted = {**settings, **_given(options, maker), "output": options.parts}
         if wanted.get("update") is not None:
-            _refuse_gone(options.parts, wanted["update"])
+            _refuse_gone(options.parts, wanted["update"], mendable)
+        _remove_lost(options.parts, before)
         maker.run(maker.options(**wanted))
     if foreign := foreign_objects(options.parts):
         names = ", ".join(fault.name for fault in sorted(foreign)[:5])
@@ -148,16 +142,33 @@ def repair_parts(options: RepairPartsOptions) -> list[Fault]:
     return mendable
 
 
-def _refuse_gone(path: StorePath, earlier: StorePath) -> None:
+def _given(options: RepairPartsOptions, maker: _Maker) -> dict[str, Any]:
+    """What was said of settings of the command that made the store."""
+    given = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if field.name != "parts" and getattr(options, field.name) is not None
+    }
+    unknown = sorted(given.keys() - {field.name for field in dataclasses.fields(maker.options)})
+    if unknown:
+        raise SettingError(
+            f"--{unknown[0]} is no setting of what made {options.parts}: leave it out"
+        )
+    return given
+
+
+def _refuse_gone(path: StorePath, earlier: StorePath, faults: list[Fault]) -> None:
     """Refuse to mend an updated store whose rows were those of one that is gone."""
     try:
         PreviousStore.open(earlier)
     except MissingError as error:
+        names = ", ".join(fault.name for fault in faults[:5])
         raise MissingError(
-            f"{path} took rows over from {earlier}, which is gone ({error}): say by --update where "
-            "it is now; or make a new store of shards that stand here: remove complete.json, and "
-            "the records of damaged shards in commits/, and give `semmae stage1 extract-parts "
-            f"--update {path}` another --output"
+            f"{path} took rows over from {earlier}, which is gone, so that what is not right "
+            f"({names}) cannot be made as it was: say by --update where it is now; or remove "
+            "complete.json, and the records in commits/ of the shards at fault, and make a new "
+            f"store of the others by `semmae stage1 extract-parts --update {path}` with another "
+            "--output"
         ) from error
 
 

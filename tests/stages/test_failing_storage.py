@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,20 @@ def test_extract_parts__goes_on_past_an_image_that_its_disk_has_lost_and_takes_i
     (store / "parts.zarr/labels/c/1/0/0").unlink()
     repair_parts(RepairPartsOptions(parts=store))
     assert lasting_bytes(store) == lasting_bytes(world.store)
+
+
+def test_extract_parts__counts_lost_images_over_all_shards_of_a_worker(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_retries: None
+) -> None:
+    data = shutil.copytree(world.data, tmp_path / "images")
+    keys = [image.relative_to(data).as_posix() for image in sorted(data.rglob("train/*/*.png"))]
+    for key in keys[::8]:
+        lose(data, key, errno.EIO, monkeypatch)
+    assert len(keys[::8]) == 9
+    told = rf"has lost 9 images \(.*{keys[64]}\), too many .*move those"
+    with pytest.raises(UserError, match=told):
+        extract_parts(replace(options_for(world, tmp_path / "store"), data=str(data)))
+    assert len(list((tmp_path / "store/commits").iterdir())) == 2
 
 
 def test_extract_parts__an_image_lost_after_its_meta_rows_were_written_can_be_done_without(

@@ -231,6 +231,9 @@ def test_update__takes_over_what_an_unfinished_store_has_committed(
     with pytest.raises(MismatchError, match=f"--update {unfinished}` takes over what stayed"):
         extract_parts(options_for(world, changed, unfinished))
     new, fresh = tmp_path / "new", tmp_path / "fresh"
+    told = forecast_extraction(options_for(world, changed, new, update=unfinished))
+    assert told["taken over"].startswith("at most 38, ")
+    assert told["encoded"] == "at least 34"
     extract_parts(options_for(world, changed, new, update=unfinished), Counts)
     # Of the 40 images that are committed one is gone and one is another.
     assert sum(Counts.seen) == 72 - 38
@@ -300,6 +303,18 @@ def test_update__a_damaged_shard_of_the_earlier_store_can_be_done_without(
     options = options_for(world, Path(world.data), tmp_path / "b", update=unfinished)
     extract_parts(options, Counts)
     assert sum(Counts.seen[-3:]) == 64
+
+
+def test_update__a_damaged_record_that_the_earlier_store_is_complete_can_be_done_without(
+    world: World, old: Path, tmp_path: Path
+) -> None:
+    (old / "complete.json").write_bytes(b"?")
+    options = options_for(world, Path(world.data), tmp_path / "new", update=old)
+    with pytest.raises(DamageError, match=rf"parts repair {old}`, or remove that file"):
+        extract_parts(options)
+    (old / "complete.json").unlink()
+    extract_parts(options, Counts)
+    assert sum(Counts.seen) == 0
 
 
 @pytest.mark.parametrize("content", [b"?", None])

@@ -159,7 +159,7 @@ def test_repair_parts__of_an_updated_store_whose_old_one_is_gone_says_the_ways_o
     shutil.rmtree(store)
     (new.output / "commits/00001.json").write_bytes(b"?")
     before = lasting_bytes(new.output)
-    told = rf"{store}, which is gone .*by --update where .*complete\.json.* --update {new.output}"
+    told = rf"{store}, which is gone, .*00001\.json.*by --update where .* --update {new.output}"
     with pytest.raises(MissingError, match=told):
         repair_parts(RepairPartsOptions(parts=new.output))
     assert lasting_bytes(new.output) == before
@@ -169,6 +169,20 @@ def test_repair_parts__of_an_updated_store_whose_old_one_is_gone_says_the_ways_o
     again = replace(new, output=tmp_path / "newer", update=new.output)
     extract_parts(again)
     assert not verify_parts(again.output)
+
+
+def test_repair_parts__of_sound_shards_needs_nothing_but_the_store(
+    store: Path, world: World, tmp_path: Path
+) -> None:
+    new = ExtractPartsOptions(
+        data=world.data, learner=world.learner, output=tmp_path / "new", update=store
+    )
+    extract_parts(new)
+    sound = lasting_bytes(new.output)
+    shutil.rmtree(store)
+    (new.output / "complete.json").unlink()
+    repair_parts(RepairPartsOptions(parts=new.output))
+    assert lasting_bytes(new.output) == sound
 
 
 def test_repair_parts__leaves_foreign_files_and_names_them(store: Path) -> None:
