@@ -253,20 +253,20 @@ def _with_flags(table: str, registered: _Registered) -> Any:
 @contextlib.contextmanager
 def _interruptible(options: Any) -> Iterator[None]:
     """Within, Ctrl-C and SIGTERM, as batch systems send it, end a command in one sentence."""
+    ended: list[int] = []
 
     def end(number: int, frame: object) -> None:
+        ended.append(number)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers say it more than once
         # Batch systems send it to loader workers too, and torch would raise that they are gone.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        raise SystemExit(number)  # what Ray's own handler, which replaces this one, raises
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        raise KeyboardInterrupt  # what Ray makes of anything that a handler raises
 
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
-    except (KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, SystemExit) and error.code != signal.SIGTERM:
-            raise
-        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+    except KeyboardInterrupt:
+        number = signal.SIGTERM if ended else signal.SIGINT
         if _speaks():
             told = f"semmae: interrupted ({number.name}); {_going_on(options)}"
             print(told, file=sys.stderr)
@@ -278,14 +278,15 @@ def _interruptible(options: Any) -> Iterator[None]:
 def _going_on(options: Any) -> str:
     """What becomes of a command that is cut off, where it is given once more."""
     if not hasattr(options, "checkpoint_steps"):  # its output is no run
-        return "the same command goes on from there"
-    from .storage.checkpoints import newest_checkpoints  # torch takes seconds to load
+        return "the same command goes on where it can"
+    from .storage.checkpoints import checkpoints, newest_checkpoints  # torch takes seconds to load
 
-    found = newest_checkpoints(options.output)
+    # Of runs that a run is made from, those that come later in the alphabet come later.
+    found = [path for _, path in checkpoints(options.output)] or newest_checkpoints(options.output)
     if not found:
         return f"{options.output} holds no checkpoint yet, the same command begins anew"
-    newest = max(found, key=lambda path: path.stat().st_mtime_ns)
-    return f"the same command goes on from {newest}"
+    auto = "" if options.resume == "auto" else " with --resume auto"
+    return f"the same command goes on{auto} from {found[-1]}"
 
 
 def _aliases(fields: Collection[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Generator
 from fractions import Fraction
+from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -153,5 +154,12 @@ def _as_is(batch: Any) -> Any:
 
 def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # What hands batches over would tell of a trainer that ends meanwhile, which says so itself.
-    sys.excepthook = lambda *_: None
+    sys.excepthook = _but_for_a_trainer_that_ended
+
+
+def _but_for_a_trainer_that_ended(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """What hands batches over would tell of a trainer that ends meanwhile, which says so itself."""
+    if not issubclass(kind, (ConnectionError, EOFError, KeyboardInterrupt)):
+        sys.__excepthook__(kind, error, trace)

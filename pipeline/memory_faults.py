@@ -35,7 +35,7 @@ def memory_faults(
         if told.startswith("DataLoader worker (pid"):
             raise MemoryFullError(
                 f"{told.splitlines()[0]}: expected memory for --loader-workers {workers}, which "
-                f"most likely ran out; try {workers // 2}, and {_ON}"
+                f"most likely ran out, if nothing else ended it; try {workers // 2}, and {_ON}"
             ) from error
         if not ran_out_of_memory(error):
             raise

@@ -6,6 +6,7 @@ A cluster that grows by itself is waited for until all workers fit; any other re
 import contextlib
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -127,6 +128,7 @@ class RayCluster:
             )
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         address = self.placement.address
+        ended_by = signal.getsignal(signal.SIGTERM)
         try:
             with _silent():
                 if address is None:
@@ -143,6 +145,8 @@ class RayCluster:
                     "--workers"
                 ) from error
             raise joining_refusal(address, error) from error
+        with contextlib.suppress(ValueError, TypeError):  # another thread, or a handler in C
+            signal.signal(signal.SIGTERM, ended_by)  # Ray has put its own there, which prints
         self._joined = True
         # Prints what befalls workers, whatever Ray is told; `ray_shards` tells it.
         ray._private.worker.print_to_stdstream = lambda *_, **__: None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import MissingError
 from ..models.encoders import AT_ONCE
 from ..models.parts import PartLearner
 from ..models.predictors import PatchPredictor
@@ -276,7 +277,14 @@ def kept_teacher(folder: Path) -> PartLearner | None:
     """
     if not checkpoints(folder):
         return None
-    return learner_of(load_checkpoint(folder / TEACHER_FILE), folder / TEACHER_FILE)
+    path = folder / TEACHER_FILE
+    if not path.exists():
+        raise MissingError(
+            f"{path} is gone, or was never there as in runs of versions before it was kept: remove "
+            f"{folder} and what was learned after it, which is learned anew then, or name another "
+            "--output"
+        )
+    return learner_of(load_checkpoint(path), path)
 
 
 def learned(

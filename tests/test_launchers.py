@@ -91,16 +91,18 @@ def wait_for_checkpoints(running: subprocess.Popen[bytes], run: Path) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("everyone", [False, True])
+@pytest.mark.parametrize("at", ["itself", "all", "workers first"])
 def test_pretrain__ended_by_sigterm_says_where_it_goes_on(
-    everyone: bool, world: World, tmp_path: Path
+    at: str, world: World, tmp_path: Path
 ) -> None:
     """Of its own process, or of its loader workers too, as Slurm ends a job."""
     run = tmp_path / "run"
     command = pretraining(world, run, "--epochs", "5000", "--loader-workers", "2")
     running = started(command, tmp_path / "said")
     wait_for_checkpoints(running, run)
-    (os.killpg if everyone else os.kill)(running.pid, signal.SIGTERM)
+    for child in family(running.pid)[1:] if at == "workers first" else ():
+        os.kill(child, signal.SIGTERM)
+    (os.killpg if at == "all" else os.kill)(running.pid, signal.SIGTERM)
     assert running.wait(60) == 143
     *before, said = (tmp_path / "said").read_text().splitlines()
     newest = checkpoints(run)[-1][1]
