@@ -113,10 +113,14 @@ def batches_of(
         worker_init_fn=_begin_worker,
         multiprocessing_context=context,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except (ConnectionError, EOFError) as error:
+        # A batch is fetched from the worker that made it; torch looks only later whether it lives.
+        raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
 
 
 def _processors() -> int:

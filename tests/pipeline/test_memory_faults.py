@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from semmae.errors import MemoryFullError, UserError
 from semmae.pipeline.feeding import Batch
@@ -106,13 +107,28 @@ def train_on_killed(given: TrainingOptions) -> Path:
 
 KILLED = (
     r"DataLoader worker \(pid.*\).* (killed by signal: Killed|exited unexpectedly).*: expected "
-    r"memory for --loader-workers 2, which most likely ran out; try 1, and the same command"
+    r"memory for --loader-workers 2, which most likely ran out, if nothing else ended it; try 1, "
+    r"and the same command"
 )
 
 
 def test_memory_faults__a_loader_worker_that_was_killed_is_told_of(tmp_path: Path) -> None:
     with pytest.raises(MemoryFullError, match=KILLED):
         launch(train_on_killed, options(tmp_path, loader_workers=2))
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(errno.ECONNRESET, "reset"), EOFError()])
+def test_memory_faults__a_loader_worker_whose_batch_cannot_be_fetched_is_told_of(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where it is killed between making a batch and handing it over."""
+
+    def gone(loader: object) -> None:
+        raise error
+
+    monkeypatch.setattr(DataLoader, "__iter__", gone)
+    with pytest.raises(MemoryFullError, match=KILLED):
+        launch(partial(train, error=error), options(tmp_path, loader_workers=2))
 
 
 @pytest.mark.parametrize(
