@@ -25,7 +25,7 @@ from ..pipeline.tasks import Task
 from ..storage.checkpoints import checkpoints
 from .networks import ENCODER_FILE, save_encoder
 from .part_watch import PartWatch
-from .pictures import colours_of, overlay, pairs_sheet, save_picture, soft_overlay
+from .pictures import bands, colours_of, overlay, save_picture, soft_overlay
 from .second_views import SecondView, disagreement, look_again
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class PartLearning(Task):
             made = made * self.encoder.std.view(3, 1, 1) + self.encoder.mean.view(3, 1, 1)
             made = (made.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
             rebuilt = [list(made.cpu().numpy())]
-        return pairs_sheet(list(pixels), overlays, 8, 112, soft, *rebuilt)
+        return bands([list(pixels), overlays, soft, *rebuilt], 8, 112)
 
 
 @torch.no_grad()

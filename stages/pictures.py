@@ -162,20 +162,15 @@ def save_picture(path: Path, picture: Pixels) -> None:
         Image.fromarray(picture).save(partial, format="PNG")
 
 
-def pairs_sheet(
-    above: Sequence[Pixels], below: Sequence[Pixels], columns: int, side: int, *more: Sequence[Any]
-) -> Pixels:
-    """Columns of pictures with what was made of them underneath, in bands of ``columns``.
+def bands(rows: Sequence[Sequence[Pixels]], columns: int, side: int) -> Pixels:
+    """A contact sheet of long rows, such as images and what was made of them underneath.
 
     Args:
-        above: Pictures, uint8, any size.
-        below: As many pictures.
+        rows: As many pictures each, uint8, any size; they are cut after ``columns`` pictures, and
+            go on underneath, in the same order.
         columns: Pictures across.
         side: Pixels of each, square.
-        *more: Further lists to stand under these.
     """
-    rows = []
-    for start in range(0, len(above), columns):
-        for pictures in (above, below, *more):
-            rows.append([enlarged(p, side) for p in pictures[start : start + columns]])
-    return sheet(rows)
+    starts = range(0, len(rows[0]), columns)
+    cut = [row[start : start + columns] for start in starts for row in rows]
+    return sheet([[enlarged(picture, side) for picture in row] for row in cut])

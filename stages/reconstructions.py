@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..models.autoencoder import MaskedAutoencoder
 from ..pipeline.feeding import Batch
-from .pictures import Pixels, masked, masked_parts, pairs_sheet
+from .pictures import Pixels, bands, masked, masked_parts
 
 PICTURED = 8
 """Images in the picture of reconstructions."""
@@ -34,7 +34,7 @@ def reconstruction_picture(
     pixels, grid = images.numpy(), model.architecture.grid
     seen = [masked(image, row, grid) for image, row in zip(pixels, mask.numpy(), strict=True)]
     rebuilt = list((made * 255).round().byte().cpu().numpy())
-    return pairs_sheet(list(pixels), seen, PICTURED, 128, rebuilt, *more)
+    return bands([list(pixels), seen, rebuilt, *more], PICTURED, 128)
 
 
 def mask_pictures(batch: Batch, grid: tuple[int, int], colours: Pixels) -> list[Pixels]:

@@ -28,12 +28,12 @@ from ..storage.part_store import PartStore
 from ..storage.store_paths import StorePath, sizes_below
 from .networks import open_autoencoder
 from .pictures import (
+    bands,
     colours_of,
     enlarged,
     headed,
     masked,
     overlay,
-    pairs_sheet,
     save_picture,
     sheet,
     soft_overlay,
@@ -47,39 +47,42 @@ ALPHAS = (0.0, 0.25, 0.5, 1.0)
 """Points of the schedule that masks are drawn at, where the policy follows it."""
 
 
-def _require_png(output: Path) -> None:
+def _require_picture(output: Path, images: int, seed: int) -> None:
     expected = "a file whose name ends in .png"
     require(output.suffix.lower() == ".png", "output", output, expected)
+    require(images >= 1, "images", images, "at least 1")
+    require(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowPartsOptions:
-    """Settings of `show_parts` and `show_masks`."""
+    """Settings of `show_parts`."""
+
+    parts: Annotated[StorePath, "A part store."]
+    data: Annotated[str | None, "The images it was made from; without them, parts alone."] = None
+    output: Annotated[Path, "PNG to write."]
+    images: Annotated[int, "Images shown."] = 24
+    seed: Annotated[int, "Of the choice of images."] = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        _require_picture(self.output, self.images, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowMasksOptions:
+    """Settings of `show_masks`."""
 
     parts: Annotated[StorePath, "A part store."]
     data: Annotated[str, "The images it was made from."]
     output: Annotated[Path, "PNG to write."]
-    images: Annotated[int, "Images shown."] = 24
+    images: Annotated[int, "Images shown."] = 8
+    mask_ratio: Annotated[float, "Share of patches masked."] = 0.75
     seed: Annotated[int, "Of the choice of images, and of masks."] = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        _require_png(self.output)
-        require(self.images >= 1, "images", self.images, "at least 1")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShowMasksOptions(ShowPartsOptions):
-    """Settings of `show_masks`."""
-
-    output: Annotated[Path, "PNG to write."]
-    images: Annotated[int, "Images shown."] = 8
-    mask_ratio: Annotated[float, "Share of patches masked."] = 0.75
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be."""
-        super().__post_init__()
+        _require_picture(self.output, self.images, self.seed)
         require(0 <= self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "from 0 to below 1")
 
 
@@ -138,17 +141,20 @@ def _first_readable(
     return indices, pixels
 
 
+def _good(store: PartStore, seed: int) -> NDArray[np.int64]:
+    """The good images of a store, in random order."""
+    return np.random.default_rng(seed).permutation(np.flatnonzero(store.ok()))
+
+
 def _chosen(
-    store: PartStore, options: ShowPartsOptions
+    store: PartStore, data: str, count: int, seed: int
 ) -> tuple[list[int], list[NDArray[np.uint8]]]:
     """Some good images of a store, drawn at random, with their pixels."""
-    plan = store_images(store, options.data)
-    order = np.random.default_rng(options.seed).permutation(np.flatnonzero(store.ok()))
-    indices, pixels = _first_readable(plan, order, options.images)
+    indices, pixels = _first_readable(store_images(store, data), _good(store, seed), count)
     if not indices:
         raise MissingError(
-            f"not one image of {options.parts} can be read in {options.data}: expected the "
-            "images that the store was made from"
+            f"not one image of {store.path} can be read in {data}: expected the images that the "
+            "store was made from"
         )
     return indices, pixels
 
@@ -156,25 +162,27 @@ def _chosen(
 def show_parts(options: ShowPartsOptions) -> Path:
     """Draw images of a store under the colours of their parts; returns the PNG's path.
 
-    Where the store keeps probabilities, the soft parts stand under the hard ones.
+    Where the store keeps probabilities, the soft parts stand under the hard ones.  Without the
+    images, the hard parts are drawn alone.
     """
     store = PartStore.open(options.parts)
-    indices, pixels = _chosen(store, options)
     labels = store.labels()
     colours = colours_of(store.identity.parts, store.identity.background)
-    above = [enlarged(image, SIDE) for image in pixels]
-    below = [
-        overlay(image, np.asarray(labels[index]), colours)
-        for image, index in zip(above, indices, strict=True)
-    ]
-    soft = []
-    if store.identity.probabilities:
-        maps = store.probabilities()
-        soft = [
-            soft_overlay(image, np.asarray(maps[index]), colours)
-            for image, index in zip(above, indices, strict=True)
-        ]
-    save_picture(options.output, pairs_sheet(above, below, 8, SIDE, *([soft] if soft else [])))
+    if options.data is None:
+        blank = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
+        chosen = _good(store, options.seed)[: options.images].tolist()
+        if not chosen:
+            raise MissingError(f"every image of {store.path} is bad: expected one with parts")
+        rows = [[overlay(blank, np.asarray(labels[i]), colours, 1.0) for i in chosen]]
+    else:
+        indices, pixels = _chosen(store, options.data, options.images, options.seed)
+        images = [enlarged(image, SIDE) for image in pixels]
+        each = list(zip(images, indices, strict=True))
+        rows = [images, [overlay(image, np.asarray(labels[i]), colours) for image, i in each]]
+        if store.identity.probabilities:
+            maps = store.probabilities()
+            rows.append([soft_overlay(image, np.asarray(maps[i]), colours) for image, i in each])
+    save_picture(options.output, bands(rows, 8, SIDE))
     return options.output
 
 
@@ -186,7 +194,7 @@ def show_masks(options: ShowMasksOptions) -> Path:
     on standard error instead.
     """
     store = PartStore.open(options.parts)
-    indices, pixels = _chosen(store, options)
+    indices, pixels = _chosen(store, options.data, options.images, options.seed)
     grid = store.identity.grid
     labels = np.stack([np.asarray(store.labels()[index]) for index in indices])
     colours = colours_of(store.identity.parts, store.identity.background)
@@ -246,9 +254,7 @@ class ShowReconstructionsOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        _require_png(self.output)
-        require(self.images >= 1, "images", self.images, "at least 1")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
+        _require_picture(self.output, self.images, self.seed)
         require(0 <= self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "from 0 to below 1")
 
 

@@ -51,11 +51,11 @@ def test_finish_epoch__draws_images_of_all_classes(
 ) -> None:
     drawn: list[NDArray[np.uint8]] = []
 
-    def sheet(images: list[NDArray[np.uint8]], *_: Any) -> NDArray[np.uint8]:
-        drawn.extend(images)
-        return images[0]
+    def sheet(rows: list[list[NDArray[np.uint8]]], *_: Any) -> NDArray[np.uint8]:
+        drawn.extend(rows[0])
+        return rows[0][0]
 
-    monkeypatch.setattr(part_training, "pairs_sheet", sheet)
+    monkeypatch.setattr(part_training, "bands", sheet)
     task = task_of(world, learn_options(world, tmp_path))
     with Run(tmp_path / "run", 0, []) as run:
         task.finish_epoch(1, run)

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semmae.errors import MismatchError, SettingError
+from semmae.errors import MismatchError, MissingError, SettingError
 from semmae.pipeline.sources import list_images
 from semmae.pipeline.stored_images import store_images
 from semmae.stages.extract_parts import ExtractPartsOptions, extract_parts
 from semmae.stages.import_parts import ImportPartsOptions, import_parts
+from semmae.stages.pictures import colours_of
 from semmae.stages.show import (
     ShowMasksOptions,
     ShowPartsOptions,
@@ -120,6 +121,29 @@ def test_parts_info__says_where_imported_parts_come_from(world: World, tmp_path:
         )
     )
     assert str(parts_info(tmp_path / "store")["made by"]).startswith("label images ")
+
+
+def test_show_parts__draws_parts_alone_where_the_images_are_not_named(
+    world: World, tmp_path: Path
+) -> None:
+    output = tmp_path / "parts.png"
+    show_parts(ShowPartsOptions(parts=world.store, output=output, images=12))
+    drawn = np.array(Image.open(output))
+    assert drawn.shape == (2 * 131 + 3, 8 * 131 + 3, 3)
+    store = PartStore.open(world.store)
+    shown = np.random.default_rng(0).permutation(np.flatnonzero(store.ok()))[11]
+    labels = np.asarray(store.labels()[int(shown)])
+    colours = colours_of(store.identity.parts, store.identity.background)
+    tile = drawn[134:262, 3 + 3 * 131 : 131 + 3 * 131]
+    assert np.array_equal(tile, colours[labels].repeat(32, axis=0).repeat(32, axis=1))
+
+
+def test_show_parts__a_store_of_bad_images_has_nothing_to_show(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PartStore, "ok", lambda self: np.zeros(72, dtype=bool))
+    with pytest.raises(MissingError, match=r"every image of .* is bad: expected one with parts"):
+        show_parts(ShowPartsOptions(parts=world.store, output=tmp_path / "parts.png"))
 
 
 def test_show_parts__draws_soft_parts_where_the_store_keeps_them(
