@@ -40,7 +40,7 @@ from semmae.stages.part_start import position_share, started_learner, voting_lea
 from semmae.stages.part_training import CachedTokens, PartLearning
 from semmae.stages.place_learning import learn_places, sample_place_views
 
-STEPS, BATCH, LEARNING_RATE, AT_ONCE = 400, 48, 1e-3, 64
+BATCH, LEARNING_RATE, AT_ONCE = 48, 1e-3, 64
 
 VARIANTS: dict[str, dict[str, object]] = {
     "anchored": {},
@@ -60,8 +60,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "consistency 1": {"consistency_weight": 1.0},
     "pixels 1": {"pixel_weight": 1.0},
     "paper and perceptual 1": {"variant": "paper", "perceptual_weight": 1.0},
-    "paper, wider decoder": {"variant": "paper", "decoder_width": 256},
-    "paper, noise": {"variant": "paper", "decoder_noise": True},
+    "paper with a wider decoder": {"variant": "paper", "decoder_width": 256},
+    "paper with noise": {"variant": "paper", "decoder_noise": True},
     "no background": {"background": "none"},
     "no looks": {"look_rounds": 0},
     "looks 1 round": {"look_rounds": 1},
@@ -86,7 +86,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "positions kept": {"positions": "keep"},
     "positions removed": {"positions": "remove"},
 }
-"""Changes of `LearnPartsOptions` by name."""
+"""Changes of `LearnPartsOptions` by name, which has no comma."""
 
 COLUMNS = {
     "FG-NMI": "fg_nmi",
@@ -120,6 +120,7 @@ class Bench:
     moved: EncodedViews
     truth: Evidence
     settings: dict[str, Any]
+    steps: int
 
     def _options(self, seed: int, **changes: object) -> LearnPartsOptions:
         device = str(self.encoder.mean.device)
@@ -145,7 +146,7 @@ class Bench:
 
     @cache  # noqa: B019
     def learned(self, variant: str, seed: int) -> PartLearner:
-        """A learner after `STEPS` steps on the train tokens, or at once if nothing is learned."""
+        """A learner after its steps on the train tokens, or at once if nothing is learned."""
         options = self._options(seed, **VARIANTS[variant])
         tokens = self.train.tokens["whole"]
         places = self.places(seed) if options.learns_places else None
@@ -166,7 +167,7 @@ class Bench:
         optimizer = torch.optim.AdamW(learner.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        for _ in range(STEPS):
+        for _ in range(self.steps):
             chosen = torch.randint(0, len(data), (BATCH,), generator=generator).tolist()
             loss, _terms = task.loss(data.__getitems__([Draw(i, 0, 0.0) for i in chosen]))
             optimizer.zero_grad()
@@ -195,8 +196,9 @@ def bench(
     train: int,
     val: int,
     settings: dict[str, Any],
+    steps: int,
 ) -> Bench:
-    """Read all tokens and labels; ``settings`` are of all learners."""
+    """Read all tokens and labels; ``settings`` and ``steps`` are of all learners."""
     patch = encoder.patch_size
     grid = (size[0] // patch, size[1] // patch)
 
@@ -220,6 +222,7 @@ def bench(
         replace(views, tokens={view: views.tokens[view] for view in moved}),
         truth,
         settings,
+        steps,
     )
 
 
@@ -256,6 +259,7 @@ def main() -> None:
     parser.add_argument("--val-images", type=int, default=1000)
     parser.add_argument("--place-images", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3, help="of variants that say nothing else")
+    parser.add_argument("--steps", type=int, default=400, help="of the last training")
     given = parser.parse_args()
     names = given.variants.split(",")
     if unknown := sorted(set(names) - VARIANTS.keys()):
@@ -264,7 +268,7 @@ def main() -> None:
     counts = given.train_images, given.val_images
     settings = {"place_images": given.place_images, "rounds": given.rounds}
     size = image_size_of(given.image_size, encoder.native_size, encoder.patch_size)
-    made = bench(encoder, size, given.data, given.labels, *counts, settings)
+    made = bench(encoder, size, given.data, given.labels, *counts, settings, given.steps)
     tokens = made.train.tokens["whole"]
     print(f"place explains {position_share(tokens.patches):.0%} of the tokens' variance")
     print(" " * 22 + "".join(f"{head:>{max(len(head) + 1, 8)}}" for head in COLUMNS))

@@ -1,11 +1,15 @@
 import re
 import sys
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from semmae.benchmarks import pretraining_step
+from semmae.benchmarks import part_learner, pretraining_step
 from semmae.benchmarks.intervals import interval
+from semmae.stages.learn_parts import LearnPartsOptions
+from semmae.tests.world import World
 
 
 @pytest.mark.parametrize(
@@ -37,3 +41,34 @@ def test_pretraining_step__says_images_a_second_and_the_share_of_a_peak(
         assert done is not None
         expected = [float(done[1]) * 2 / 0.5 / 0.01] if words is given else []
         assert [float(share) for share in shares] == pytest.approx(expected, abs=0.03)
+
+
+def test_part_learner__measures_the_variants_asked_for(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["paper with a wider decoder", "paper and perceptual 1"]
+    small = ["--seeds", "2", "--train-images", "40", "--val-images", "16", "--steps", "2"]
+    small += ["--rounds", "1", "--place-images", "16"]
+    data = [str(world.encoder), world.data]
+    monkeypatch.setattr(part_learner, "BASELINES", ())  # they stand beside places, slow to learn
+    monkeypatch.setattr(sys, "argv", ["", *data, *small, "--variants", ",".join(names)])
+    part_learner.main()
+    said = capsys.readouterr().out
+    for name in names:
+        assert re.search(rf"^{name} +([0-9.]+|-) ", said, re.MULTILINE)
+
+
+def test_part_learner__every_variant_can_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(part_learner, "open_encoder", MagicMock())
+    monkeypatch.setattr(part_learner, "image_size_of", MagicMock())
+    monkeypatch.setattr(part_learner, "bench", MagicMock())
+    monkeypatch.setattr(part_learner, "position_share", lambda tokens: 0.0)
+    monkeypatch.setattr(part_learner, "line", lambda name, run, seeds: asked.append(name))
+    monkeypatch.setattr(sys, "argv", ["", "encoder", "data"])
+    part_learner.main()
+    assert asked[: len(part_learner.VARIANTS)] == list(part_learner.VARIANTS)
+    for changes in part_learner.VARIANTS.values():
+        LearnPartsOptions(data="d", encoder="e", output=Path("o"), **changes)  # type: ignore[arg-type]
