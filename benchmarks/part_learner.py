@@ -33,8 +33,9 @@ from semmae.stages.evals.part_learners import evidence_of, parts_of
 from semmae.stages.evals.part_measures import Evidence, measured
 from semmae.stages.evals.part_probe import probe_parts
 from semmae.stages.evals.part_views import EncodedViews, View, encoded_views, joined
+from semmae.stages.label_images import labels_of
 from semmae.stages.learn_parts import LearnPartsOptions
-from semmae.stages.networks import image_size_of, open_encoder
+from semmae.stages.networks import image_size_of, open_encoder, parse_reading
 from semmae.stages.part_rounds import Looks, goes_on, later_rounds, sample_looks
 from semmae.stages.part_start import position_share, started_learner, voting_learner
 from semmae.stages.part_training import CachedTokens, PartLearning
@@ -206,7 +207,10 @@ def bench(
         images = ImageSource(list_images(data, split))
         chosen = drawn(len(images), count, seed=0)
         encoded = joined(encoded_views(encoder, images, size, chosen, views, AT_ONCE))
-        return images, encoded, evidence_of(images, encoded, labels, grid, size, seed=0)
+        true = None
+        if labels is not None:
+            true = labels_of(labels, images, encoded.positions, grid, size)
+        return images, encoded, evidence_of(images, encoded, true, seed=0)
 
     train_images, known, train_truth = read("train", train, "whole")
     _, views, truth = read("val", val, "whole", "flip", "crop")
@@ -254,6 +258,8 @@ def main() -> None:
     parser.add_argument("labels", type=Path, nargs="?")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--variants", default=",".join(VARIANTS), help="names, parted by commas")
+    parser.add_argument("--blocks", default="-1", help="as of `semmae stage1 learn-parts`")
+    parser.add_argument("--facet", default="tokens", help="likewise")
     parser.add_argument("--image-size", default=0, help="pixels, N or HxW; 0: the encoder's own")
     parser.add_argument("--train-images", type=int, default=2000)
     parser.add_argument("--val-images", type=int, default=1000)
@@ -264,7 +270,8 @@ def main() -> None:
     names = given.variants.split(",")
     if unknown := sorted(set(names) - VARIANTS.keys()):
         parser.error(f"no variant {', '.join(unknown)}: there are {', '.join(VARIANTS)}")
-    encoder = open_encoder(given.encoder)
+    reading = parse_reading(given.blocks, given.facet, pooled=False)
+    encoder = open_encoder(given.encoder, reading)
     counts = given.train_images, given.val_images
     settings = {"place_images": given.place_images, "rounds": given.rounds}
     size = image_size_of(given.image_size, encoder.native_size, encoder.patch_size)

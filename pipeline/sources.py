@@ -4,6 +4,7 @@
 any of its images in any process.  Data lie on this machine or behind a URL.
 """
 
+import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import MismatchError, SettingError, UserError
+from ..storage.connections import is_url, whole_place
+from ..storage.remote_path import RemotePath
 from ..storage.retries import LOST_NUMBERS
+from ..storage.store_paths import StorePath
 from .archives import archives_in, plan_of_archives
 from .data_root import DataRoot
 from .decoding import BadImage
@@ -23,7 +27,7 @@ from .parquet import ParquetImages, index_of_parquet, labels_of_parquet
 from .plan import Plan
 from .plan_matching import with_known_sizes
 from .remote import locate, open_root
-from .splits import Split
+from .splits import Split, split_named
 from .tars import (
     COMPRESSED_ENDINGS,
     TAR_ENDINGS,
@@ -33,7 +37,7 @@ from .tars import (
     refuse_compressed,
 )
 
-__all__ = ["IMAGE_EXTENSIONS", "LOST", "ImageReader", "Split", "list_images"]
+__all__ = ["IMAGE_EXTENSIONS", "LOST", "ImageReader", "Split", "list_images", "refuse_among_images"]
 
 LOST = "its disk has lost it"
 """Why an image is a bad one that the system says it cannot read, where it can read others."""
@@ -91,6 +95,36 @@ def list_images(
         raise SettingError(f"split is train, val or all, not {split!r}")
     plan = _plan_of(data, split, sizes=known is None)
     return plan if known is None else with_known_sizes(plan, known)
+
+
+def refuse_among_images(output: StorePath, data: str, split: Split) -> None:
+    """Refuse an output folder that later commands would look for images in.
+
+    Args:
+        output: Where a run or a store is to go.
+        data: The data set.
+        split: Which part of it.
+
+    Raises:
+        SettingError: It lies in the folder of the images, and in none that is passed over: a hidden
+            one, or one beside the folders of splits.
+    """
+    if isinstance(output, RemotePath) or is_url(whole_place(data)):
+        return
+    folder, place = Path(whole_place(data)).resolve(), output.expanduser().resolve()
+    if folder not in place.parents:
+        return
+    below = place.relative_to(folder).parts
+    if any(part.startswith(".") for part in below):
+        return
+    if split != "all" and split_named(below[0]) is None:
+        with os.scandir(folder) as entries:
+            if any(entry.is_dir() and split_named(entry.name) for entry in entries):
+                return
+    raise SettingError(
+        f"--output {output} lies in {data}, among the images, where its own pictures and tables "
+        "would be taken for some: name a folder outside"
+    )
 
 
 def _plan_of(data: str | Path, split: Split, sizes: bool) -> Plan:

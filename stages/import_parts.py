@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..errors import MissingError, SettingError
 from ..pipeline.cached_images import RECIPES, kept_image
 from ..pipeline.image_loading import LoadedImage, load_image
+from ..pipeline.image_source import ImageSource
 from ..pipeline.options import parse_sides, require
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
@@ -34,6 +35,8 @@ from .label_images import (
     label_share,
     patch_labels,
     read_label_file,
+    refuse_other_shapes,
+    require_label_folder,
     squash_labels,
 )
 from .store_filling import commit_shard, fill_store, meta_rows
@@ -230,18 +233,17 @@ def import_parts(options: ImportPartsOptions) -> dict[str, Any]:
             meanwhile.
         SettingError: A label is too large, the background is no label, or not one image can be
             read.
-        MismatchError: The output holds a store of other images, labels or settings.
+        MismatchError: The output holds a store of other images, labels or settings, or a label
+            image has another shape than its image.
     """
-    if not options.labels.is_dir():
-        raise MissingError(
-            f"--labels is {options.labels}, where there is no folder: expected the folder of the "
-            "label images"
-        )
+    require_label_folder(options.labels)
     plan = list_images(options.data, options.split)
     reader = ImageReader(plan)
     reader.warm()
     with ThreadPoolExecutor(options.decode_threads) as pool:
         found = _read_labels(options, reader, pool)
+        labelled = np.flatnonzero(found.shares > 0)
+        refuse_other_shapes(options.labels, ImageSource(plan), labelled, options.patches)
         identity = _identity_of(options, plan, found)
 
         def work(shards: list[int], _watch: Watch) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ One PNG an image of the data, of one channel or with a palette; a pixel's value 
 Legend: N images, (H, W) pixels, (h, w) patches.
 """
 
+import contextlib
 import re
 import struct
 import zlib
@@ -15,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import DamageError, MissingError
+from ..errors import DamageError, MismatchError, MissingError
+from ..pipeline.decoding import BadImage
+from ..pipeline.image_source import ImageSource
 from .evals.metrics import majority_labels
 
 Labels = NDArray[np.uint8]
@@ -30,6 +33,9 @@ _BROKEN = (
     Image.DecompressionBombError,
 )
 """What Pillow raises on damaged images."""
+
+_LOOKED_AT = 32
+"""Images whose shape is held against that of their label images: those of a folder are alike."""
 
 
 def label_path(folder: Path, key: str) -> Path:
@@ -173,3 +179,93 @@ def true_labels(
     """
     paths = (label_path(folder, key) for key in keys)
     return np.stack([patch_labels(read_label_map(path, image_size), grid) for path in paths])
+
+
+def require_label_folder(folder: Path) -> None:
+    """Refuse labels that are not there at all.
+
+    Raises:
+        MissingError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise MissingError(
+            f"--labels is {folder}, where there is no folder: expected the folder of the label "
+            "images"
+        )
+
+
+def labels_of(
+    folder: Path,
+    images: ImageSource,
+    positions: NDArray[np.int64],
+    grid: tuple[int, int],
+    image_size: tuple[int, int],
+) -> Labels:
+    """The true labels of some images, found right before anything is made of the images.
+
+    Args:
+        folder: Of label images.
+        images: The images.
+        positions: Which of them, (N,).
+        grid: (h, w), patches.
+        image_size: (H, W) that images are squashed to, a multiple of the grid.
+
+    Returns:
+        uint8 (N, h, w); 0 for an image that cannot be read and has no label image.
+
+    Raises:
+        MissingError: There is no such folder, or an image that can be read has no label image.
+        DamageError: A label image is none.
+        MismatchError: As `refuse_other_shapes`.
+    """
+    require_label_folder(folder)
+    keys = images.names(positions)
+    there = np.array([label_path(folder, key).is_file() for key in keys])
+    for place in np.flatnonzero(~there).tolist():
+        with contextlib.suppress(BadImage):
+            images.decoded(int(positions[place]))
+            read_label_file(label_path(folder, keys[place]))
+    refuse_other_shapes(folder, images, positions[there], grid)
+    found = np.zeros((len(keys), *grid), dtype=np.uint8)
+    if there.any():
+        known = [keys[place] for place in np.flatnonzero(there).tolist()]
+        found[there] = true_labels(folder, known, grid, image_size)
+    return found
+
+
+def refuse_other_shapes(
+    folder: Path, images: ImageSource, positions: NDArray[np.int64], grid: tuple[int, int]
+) -> None:
+    """Refuse label images that were made of other images, as their shape tells.
+
+    A label image may have any resolution, in the shape of its image or, as of squashed images, of
+    the grid, each to a tenth or a pixel.  The first `_LOOKED_AT` of the images are looked at.
+
+    Args:
+        folder: Of label images.
+        images: The images.
+        positions: Of those that have one.
+        grid: (h, w), patches.
+
+    Raises:
+        MismatchError: A label image has another shape.
+    """
+    for position in positions[:_LOOKED_AT].tolist():
+        path = label_path(folder, images.names(np.array([position]))[0])
+        height, width = read_label_map(path).shape
+        try:
+            tall, wide = images.decoded(position).shape[:2]
+        except BadImage:
+            continue
+        if not any(_fits((height, width), shape) for shape in ((tall, wide), grid)):
+            raise MismatchError(
+                f"the label image {path} is {height} x {width} (height x width), and its image "
+                f"{tall} x {wide}: expected the same shape, in any resolution; name the label "
+                "images of these very images, as --labels"
+            )
+
+
+def _fits(sides: tuple[int, int], shape: tuple[int, int]) -> bool:
+    """Whether sides are those of a shape at some resolution."""
+    expected = sides[0] * shape[1] / shape[0]
+    return abs(sides[1] - expected) <= max(1.0, 0.1 * expected)

@@ -20,7 +20,7 @@ from ..pipeline.launching import launch
 from ..pipeline.loaders import SquashedData
 from ..pipeline.options import TrainingOptions, require, training_settings
 from ..pipeline.resuming import refuse_foreign_folder
-from ..pipeline.sources import Split, list_images
+from ..pipeline.sources import Split, list_images, refuse_among_images
 from ..pipeline.training import fit
 from ..pipeline.wandb_log import refuse_missing_wandb
 from ..storage.checkpoints import checkpoints
@@ -79,8 +79,9 @@ class LearnEncoderOptions(TrainingOptions):
             value = getattr(self, name)
             require(0 < value <= 1, name, value, "above 0, at most 1")
         for name, value in (("image_size", self.image_size), ("view_size", self.side_of_view)):
-            expected = f"a multiple of --patch-size {self.patch_size}, above 0"
-            require(value > 0 and value % self.patch_size == 0, name, value, expected)
+            expected = f"a multiple of --patch-size {self.patch_size}, two patches or more"
+            fits = value >= 2 * self.patch_size and value % self.patch_size == 0
+            require(fits, name, value, expected)
 
     @property
     def side_of_view(self) -> int:
@@ -106,6 +107,7 @@ def learn_encoder(options: LearnEncoderOptions) -> Path:
 def _learn_encoder(options: LearnEncoderOptions) -> Path:
     refuse_missing_wandb(options)
     refuse_foreign_folder(options.output, PredictingAppearances.kind)
+    refuse_among_images(options.output, options.data, options.split)
     images = ImageSource(list_images(options.data, options.split))
     options.schedule(len(images))  # refuses what cannot be before anything is trained
     data = SquashedData(images, (options.image_size, options.image_size))

@@ -21,9 +21,11 @@ from ..pipeline.loaders import SquashedData
 from ..pipeline.memory_faults import memory_faults
 from ..pipeline.options import TrainingOptions, choose_device, require
 from ..pipeline.resuming import begin, begun_to_resume, refuse_foreign_folder, run_to_resume
-from ..pipeline.sources import Split, list_images
+from ..pipeline.sources import Split, list_images, refuse_among_images
 from ..pipeline.training import fit, keep
 from ..pipeline.wandb_log import refuse_missing_wandb
+from ..storage.files import refuse_unwritable
+from .evals.metrics import fixed_grid
 from .networks import (
     ENCODER_FILE,
     Weights,
@@ -224,6 +226,12 @@ class LearnPartsOptions(TrainingOptions):
                 "--feature-weight, --pixel-weight and --perceptual-weight are all 0: nothing "
                 "would be rebuilt; expected one above 0"
             )
+        if self.decoder_noise and not (self.variant in LEARNED and self.rebuilds_pixels):
+            raise SettingError(
+                f"--decoder-noise is of the pixel decoder, and --variant {self.variant} has none "
+                "with these settings: drop it, or give a --pixel-weight or --perceptual-weight "
+                f"above 0 to --variant {' or '.join(LEARNED)}"
+            )
         losses = ("feature_weight", "pixel_weight", "perceptual_weight", "consistency_weight")
         if self.variant not in LEARNED and any(getattr(self, name) for name in losses):
             raise SettingError(
@@ -337,6 +345,7 @@ def _task_of(options: LearnPartsOptions) -> PartLearning:
     """What is trained, its learner at the start or where an earlier call left it."""
     refuse_missing_wandb(options)
     refuse_foreign_folder(options.output, PartLearning.kind)
+    refuse_among_images(options.output, options.data, options.split)
     images = ImageSource(list_images(options.data, options.split))
     learned = options.variant in LEARNED
     count = max(options.sample_images, options.cached)
@@ -364,6 +373,9 @@ def _task_of(options: LearnPartsOptions) -> PartLearning:
         )
     size = image_size_of(options.image_size, encoder.native_size, encoder.patch_size)
     _refuse_one_patch(_grid(size, encoder), options)
+    if options.variant == "grid":
+        _refuse_small_grid(_grid(size, encoder), options)
+    refuse_unwritable(options.output)
     learner = None
     if state is not None:
         learner = learner_of(state, options.output)
@@ -409,6 +421,14 @@ def _refuse_one_patch(grid: tuple[int, int], options: LearnPartsOptions) -> None
             "an image is one patch, and pixels are rebuilt from two or more: expected a larger "
             "--image-size, or --variant anchored with --pixel-weight and --perceptual-weight 0"
         )
+
+
+def _refuse_small_grid(grid: tuple[int, int], options: LearnPartsOptions) -> None:
+    """Refuse, before tokens are read, a fixed grid of too many cells."""
+    try:
+        fixed_grid(*grid, options.num_parts)
+    except SettingError as error:
+        raise SettingError(f"--variant grid, --num-parts {options.num_parts}: {error}") from error
 
 
 def _grid(size: tuple[int, int], encoder: FrozenEncoder) -> tuple[int, int]:

@@ -52,11 +52,12 @@ def open_encoder(
         SettingError: timm has no such network, the file holds no vision transformer, the reading
             names blocks that it has not, or it keeps no average and that is asked for.
         MissingError: There is no such file, or timm's weights cannot be had.
-        DamageError: The file cannot be read.
+        DamageError: The file cannot be read, or holds weights that are not finite.
     """
     if named.startswith("timm:"):
         _weights_of({}, weights, named)
-        return timm_encoder(named.removeprefix("timm:"), reading=reading or DEFAULT_READING)
+        found = timm_encoder(named.removeprefix("timm:"), reading=reading or DEFAULT_READING)
+        return _finite(found, named)
     path = _file_of(named)
     return _encoder_of(_weights_of(load_checkpoint(path), weights, named), path, reading)
 
@@ -134,11 +135,29 @@ def _encoder_of(state: dict[str, Any], path: Path, reading: Reading | None = Non
         reading = Reading(tuple(read["blocks"]), read["kind"], read["pooled"])
     reading = reading or DEFAULT_READING
     if record.get("timm"):
-        return timm_encoder_again(TimmNetwork(**record["timm"]), state["model"], name, reading)
+        network = TimmNetwork(**record["timm"])
+        return _finite(timm_encoder_again(network, state["model"], name, reading), name)
     size, mean, std = (0, 0), record.get("mean", IMAGENET_MEAN), record.get("std", IMAGENET_STD)
     if not (record or "kind" in state):
         size, mean, std = _told_beside(path)
-    return build_encoder({**state, **record}, name, None, size, reading, mean, std)
+    encoder = build_encoder({**state, **record}, name, None, size, reading, mean, std)
+    return _finite(encoder, name)
+
+
+def _finite(encoder: FrozenEncoder, name: str) -> FrozenEncoder:
+    """The encoder, whose every weight is a number.
+
+    Raises:
+        DamageError: One is not.
+    """
+    weights = encoder.transformer.state_dict()
+    broken = [key for key, weight in weights.items() if not bool(weight.isfinite().all())]
+    if broken:
+        raise DamageError(
+            f"{len(broken)} of {len(weights)} tensors of {name} hold weights that are not finite, "
+            f"{broken[0]} first: take an older checkpoint, or get the file again"
+        )
+    return encoder
 
 
 def _told_beside(path: Path) -> tuple[tuple[int, int], Sequence[float], Sequence[float]]:

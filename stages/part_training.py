@@ -100,6 +100,7 @@ class PartLearning(Task):
         self.architecture = {**learner.architecture.to_record(), "image_size": list(image_size)}
         self._examples = _some_images(images, 16)
         self._watch = PartWatch(options.log_steps)
+        self._dead: list[str] = []
 
     def begin(self, folder: Path) -> None:
         """Keep the encoder beside the learner."""
@@ -179,12 +180,15 @@ class PartLearning(Task):
         run.picture("parts", picture)
         save_picture(run.folder / "pictures" / f"parts-epoch-{epoch:04d}.png", picture)
         dead = [str(part) for part, share in enumerate(shares) if share == 0]
-        if dead:
+        if dead and dead != self._dead:
+            owners = f"part {dead[0]} owns" if len(dead) == 1 else f"parts {', '.join(dead)} own"
+            seeded = self._options.variant not in ("image-kmeans", "colour", "attention", "grid")
             print(
-                f"parts {', '.join(dead)} own no patch of {len(images)} images after epoch "
-                f"{epoch}: try fewer --num-parts, or another --seed",
+                f"{owners} no patch of {len(images)} images after epoch {epoch}: try fewer "
+                f"--num-parts{', or another --seed' if seeded else ''}",
                 file=sys.stderr,
             )
+        self._dead = dead
         return {"confidence": float(margin.mean()), "smallest_part": float(shares.min())}
 
     def _picture(

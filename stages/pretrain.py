@@ -27,7 +27,7 @@ from ..pipeline.options import TrainingOptions, require
 from ..pipeline.part_maps import join_store, read_maps
 from ..pipeline.runs import Run
 from ..pipeline.schedule import Draw
-from ..pipeline.sources import Split, list_images
+from ..pipeline.sources import Split, list_images, refuse_among_images
 from ..pipeline.tasks import Task
 from ..pipeline.training import fit
 from ..storage.checkpoints import checkpoints
@@ -307,7 +307,8 @@ def pretrain(options: PretrainOptions) -> Path:
         The last checkpoint.  The output folder is what ``--checkpoint`` and ``--encoder`` take.
 
     Raises:
-        SettingError: The weights to start from are of another shape.
+        SettingError: The weights to start from are of another shape, or the run would lie among the
+            images.
         MissingError: They are not there.
         DamageError: They cannot be read.
     """
@@ -315,6 +316,7 @@ def pretrain(options: PretrainOptions) -> Path:
 
 
 def _pretrain(options: PretrainOptions) -> Path:
+    refuse_among_images(options.output, options.data, options.split)
     data = pretraining_data(options)
     settings = _recorded(options)
     torch.manual_seed(options.seed)

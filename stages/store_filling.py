@@ -18,7 +18,7 @@ from ..pipeline.cluster_fitness import MAKE_BYTES
 from ..pipeline.options import plain_options
 from ..pipeline.plan import Plan
 from ..pipeline.progress import Progress
-from ..pipeline.sources import LOST
+from ..pipeline.sources import LOST, Split, refuse_among_images
 from ..pipeline.watching import Watch
 from ..storage.files import NO_FILE, read_json, read_whole, write_json
 from ..storage.part_check import bad_in_shards, complete_store, damaged_shards
@@ -38,6 +38,10 @@ class FillOptions(Protocol):
     @property
     def data(self) -> str:
         """Images: a folder, Parquet or tars, or a URL."""
+
+    @property
+    def split(self) -> Split:
+        """Which of them."""
 
     @property
     def output(self) -> StorePath:
@@ -178,11 +182,13 @@ def fill_store(
     Raises:
         MismatchError: The output holds a store of another identity, or an image is another than
             when its shard was written before.
-        SettingError: Not one image can be read, or the output holds other things.
+        SettingError: Not one image can be read, the output holds other things, or lies among the
+            images.
         DamageError: A finished shard was damaged meanwhile.
         MissingError: The store is gone meanwhile.
         UnreadableError: The system refuses to read what is there.
     """
+    refuse_among_images(options.output, options.data, options.split)
     begun = create_store(options.output, identity, plan.tables(), plan.class_names)
     done = _sound_shards(options.output)
     todo = [shard for shard in range(identity.shards) if shard not in done]

@@ -42,6 +42,23 @@ def _refusal(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {reason}; {advice}")
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Refuse a folder that cannot be written to, before the work that would be lost.
+
+    Args:
+        folder: There, or to be made; nothing is left in it.
+
+    Raises:
+        UserError: The system refuses to write there.
+    """
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=there):
+            pass
+    except OSError as error:
+        raise _refusal(folder, error) from error
+
+
 def _sync(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:

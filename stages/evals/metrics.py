@@ -37,13 +37,22 @@ def _pair(predicted: Ids, true: Ids) -> tuple[Ids, Ids]:
 def _foreground(predicted: Ids, true: Ids) -> tuple[Ids, Ids]:
     """The patches whose true label is not background, flat."""
     predicted, true = _pair(predicted, true)
+    refuse_no_foreground(true)
     inside = true != BACKGROUND
-    if not inside.any():
+    return predicted[inside], true[inside]
+
+
+def refuse_no_foreground(true: Ids) -> None:
+    """Refuse true labels of background alone.
+
+    Raises:
+        MismatchError: Every one is `BACKGROUND`.
+    """
+    if not (true != BACKGROUND).any():
         raise MismatchError(
             "metrics: every true label is background (0), so there is no foreground to score; "
             "check that the label images hold part ids above 0."
         )
-    return predicted[inside], true[inside]
 
 
 def nmi(predicted: Ids, true: Ids) -> float:

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,9 +16,9 @@ from ...pipeline.options import choose_device
 from ...pipeline.progress import Progress
 from ...pipeline.sources import Split, list_images
 from ..clustering import clustered
-from ..label_images import Labels, label_path, true_labels
+from ..label_images import Labels, label_path, labels_of
 from ..networks import TrainedLearner, open_learner
-from .metrics import coherence
+from .metrics import coherence, refuse_no_foreground
 from .part_baselines import BASELINES, beside
 from .part_measures import Evidence, FoundParts, measured, prefixed
 from .part_probe import probe_parts
@@ -70,7 +69,8 @@ def measure_learner(options: "PartsOptions") -> dict[str, float]:
     Raises:
         MissingError: Learner, data or labels are not there, or no image can be read.
         DamageError: A label image is none.
-        MismatchError: No true label is foreground.
+        MismatchError: No true label is foreground, or a label image has another shape than its
+            image.
         SettingError: It is no part learner.
     """
     assert options.learner is not None
@@ -82,10 +82,10 @@ def measure_learner(options: "PartsOptions") -> dict[str, float]:
     session = _Session(trained, options)
     images = _images_of(options.data, options.split)
     chosen = drawn(len(images), options.images, options.seed)
+    known = _labels_of(options, images, chosen, trained)
     whole = joined(session.views(images, chosen, ("whole",), "reading tokens"))
-    evidence = evidence_of(
-        images, whole, options.labels, trained.grid, trained.image_size, options.seed
-    )
+    true = None if known is None else known[np.isin(chosen, whole.positions)]
+    evidence = evidence_of(images, whole, true, options.seed)
     subjects = {"": trained.learner}
     if options.baselines:
         for baseline in BASELINES:
@@ -117,9 +117,9 @@ def measure_learner(options: "PartsOptions") -> dict[str, float]:
     for name, parts in found.items():
         figures = measured(parts, evidence)
         metrics.update(prefixed(name, figures) if name else figures)
-    if evidence.true is not None:
-        metrics["true.coherence"] = coherence(evidence.true)
-        metrics.update(_probed(session, images, whole, evidence.true))
+    if true is not None:
+        metrics["true.coherence"] = coherence(true)
+        metrics.update(_probed(session, images, whole, true))
     bad = len(chosen) - len(whole.positions)
     return {**metrics, "bad_images": float(bad)} if bad else metrics
 
@@ -174,32 +174,31 @@ def _images_of(data: str, split: Split) -> ImageSource:
     return images
 
 
-def evidence_of(
+def _labels_of(
+    options: "PartsOptions",
     images: ImageSource,
-    whole: EncodedViews,
-    labels: Path | None,
-    grid: tuple[int, int],
-    image_size: tuple[int, int],
-    seed: int,
+    chosen: NDArray[np.int64],
+    trained: TrainedLearner,
+) -> Labels | None:
+    """True labels of the chosen images, before they are encoded; None without any."""
+    if options.labels is None:
+        return None
+    labels = labels_of(options.labels, images, chosen, trained.grid, trained.image_size)
+    refuse_no_foreground(labels)
+    return labels
+
+
+def evidence_of(
+    images: ImageSource, whole: EncodedViews, true: Labels | None, seed: int
 ) -> Evidence:
     """What the parts of some images are held against.
 
     Args:
         images: Where the images come from.
         whole: The images, with the view ``whole``.
-        labels: Folder of true part labels, if there are any.
-        grid: (h, w).
-        image_size: (H, W) that images are squashed to.
+        true: Their true labels, uint8 (N, h, w), if there are any.
         seed: Of the clusters of class tokens.
-
-    Raises:
-        MissingError: An image has no label image.
-        DamageError: A label image is none.
     """
-    true = None
-    if labels is not None:
-        keys = images.plan.keys[images.rows[whole.positions]].tolist()
-        true = true_labels(labels, keys, grid, image_size)
     classes = images.labels[whole.positions]
     clusters = class_clusters(whole.tokens["whole"].class_token, seed)
     return Evidence(true, classes if (classes >= 0).all() else None, clusters, whole.boxes)
@@ -224,14 +223,15 @@ def _probed(
     train = _train_images(options, images)
     if train is None:
         return {}
-    tokens, keys = [], []
+    tokens, read = [], []
     everything = np.arange(len(train))
     for batch in session.views(train, everything, ("whole",), "reading tokens of train images"):
         tokens.append(batch.tokens["whole"].patches.half())
-        keys += train.plan.keys[train.rows[batch.positions]].tolist()
+        read.append(batch.positions)
     if not tokens:
         raise MissingError(f"not one train image of {train.plan.root} can be read for the probe")
-    labels = true_labels(options.labels, keys, trained.grid, trained.image_size)
+    positions = np.concatenate(read)
+    labels = labels_of(options.labels, train, positions, trained.grid, trained.image_size)
     held = whole.tokens["whole"].patches
     device = trained.encoder.mean.device
     figures = probe_parts(torch.cat(tokens), labels, held, true, options.seed, device)

@@ -14,7 +14,7 @@ from ...errors import MismatchError, MissingError, SettingError
 from ...models.part_scores import kmeans_inside_images
 from ...pipeline.crops import squash
 from ...pipeline.decoding import BadImage, decode_image
-from ...pipeline.image_source import drawn
+from ...pipeline.image_source import ImageSource, drawn
 from ...pipeline.options import require, require_finite
 from ...pipeline.plan import Plan
 from ...pipeline.progress import Progress
@@ -24,7 +24,7 @@ from ...storage.checkpoints import resolve_checkpoint
 from ...storage.part_store import PartStore
 from ...storage.remote_path import RemotePath
 from ...storage.store_paths import StorePath, store_path
-from ..label_images import Labels, true_labels
+from ..label_images import Labels, labels_of
 from ..networks import open_learner
 from .metrics import coherence, fixed_grid
 from .part_learners import measure_learner
@@ -110,8 +110,8 @@ def measure_parts(options: PartsOptions) -> dict[str, float]:
 
     Raises:
         MissingError: Learner, store, data or labels are not there.
-        MismatchError: A store holds no good image, or was made from other images; or no true label
-            is foreground.
+        MismatchError: A store holds no good image, or was made from other images; a label image
+            has another shape than its image, or no true label is foreground.
         SettingError: The learner is none.
         DamageError: A label image is none.
     """
@@ -132,8 +132,8 @@ def _measure_store(options: PartsOptions) -> dict[str, float]:
     identity = store.identity
     if plan is None or options.labels is None:
         return measured(FoundParts(labels, identity.parts), Evidence())
-    keys = plan.keys[chosen].tolist()
-    true = true_labels(options.labels, keys, identity.grid, identity.image_size)
+    images = ImageSource(plan)
+    true = labels_of(options.labels, images, chosen, identity.grid, identity.image_size)
     metrics = measured(FoundParts(labels, identity.parts), Evidence(true))
     metrics["true.coherence"] = coherence(true)
     if options.baselines:

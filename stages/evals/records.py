@@ -15,6 +15,7 @@ from ...errors import SettingError
 from ...pipeline.options import plain_options
 from ...storage.checkpoints import resolve_checkpoint
 from ...storage.connections import whole_place
+from ...storage.files import refuse_unwritable
 from ...storage.remote_path import RemotePath
 from ...storage.results import write_result
 
@@ -41,6 +42,7 @@ def pinned(options: Options) -> Options:
     Raises:
         MissingError: There is no checkpoint.
         SettingError: ``output`` is a file, or lies in one.
+        UserError: ``output`` cannot be written to.
     """
     found: dict[str, Any] = {}
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
@@ -67,6 +69,7 @@ def _require_folder(output: Path) -> None:
             f"--output is {output}, but {there} is a file: expected a folder for results, "
             "new or old"
         )
+    refuse_unwritable(output)
 
 
 def record_of(

@@ -13,7 +13,13 @@ from semmae.errors import MissingError, SettingError
 from semmae.pipeline import plan_rows
 from semmae.pipeline.data_root import FolderListing, LocalRoot
 from semmae.pipeline.decoding import BadImage, decode_image
-from semmae.pipeline.sources import IMAGE_EXTENSIONS, ImageReader, Split, list_images
+from semmae.pipeline.sources import (
+    IMAGE_EXTENSIONS,
+    ImageReader,
+    Split,
+    list_images,
+    refuse_among_images,
+)
 
 
 def picture(number: int) -> bytes:
@@ -217,3 +223,33 @@ def test_list_images__keeps_few_folders_in_memory(
     found = list_images(tmp_path)
     assert found.sizes.tolist() == list(range(folders))
     assert most < 100
+
+
+@pytest.mark.parametrize(
+    ("output", "split", "refused"),
+    [
+        *(("run", "train", False), ("run", "val", False), ("run", "all", True)),
+        *(("train/cat/run", "train", True), ("val/run", "train", True), (".run", "all", False)),
+        *(("../run", "all", False), ("train/../../run", "all", False), (".", "all", False)),
+    ],
+)
+def test_refuse_among_images__unless_it_is_passed_over(
+    tmp_path: Path, output: str, split: Split, refused: bool
+) -> None:
+    data = fill(tmp_path / "data", "train/cat/a.jpg", "val/cat/b.jpg")
+    keys = list_images(data, "all").keys.tolist()
+    if refused:
+        with pytest.raises(SettingError, match="among the images"):
+            refuse_among_images(data / output, str(data), split)
+        return
+    refuse_among_images(data / output, str(data), split)
+    if output != ".":
+        fill(data / output, "picture.png")
+    assert [key for key in list_images(data, split).keys.tolist() if key not in keys] == []
+
+
+def test_refuse_among_images__without_folders_of_splits_or_behind_urls(tmp_path: Path) -> None:
+    data = fill(tmp_path / "data", "a.jpg")
+    with pytest.raises(SettingError, match=r"--output .*run lies in .*data, among the images"):
+        refuse_among_images(data / "run", str(data), "train")
+    refuse_among_images(data / "run", "s3://bucket/data", "train")

@@ -341,3 +341,20 @@ def test_parts_import__is_a_command(
     assert not end.value.code
     assert f"wrote the part store {few.output}: 4 images, 0 bad" in capsys.readouterr().out
     assert PartStore.open(few.output).identity.images == 4
+
+
+def test_import_parts__label_images_of_other_images_are_refused_and_nothing_written(
+    few: ImportPartsOptions,
+) -> None:
+    for place in (few.labels / "train").iterdir():
+        Image.new("L", (60, 20)).save(place)
+    with pytest.raises(MismatchError, match=r"train/a\.png is 20 x 60 .* expected the same shape"):
+        import_parts(few)
+    assert not few.output.exists()
+
+
+def test_import_parts__a_store_among_the_images_is_refused(few: ImportPartsOptions) -> None:
+    inside = Path(few.data) / "store"
+    with pytest.raises(SettingError, match=r"--output .*store lies in .* among the images"):
+        import_parts(replace(few, output=inside, split="all"))
+    assert not inside.exists()

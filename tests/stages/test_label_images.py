@@ -5,12 +5,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semmae.errors import DamageError, MismatchError
+from semmae.errors import DamageError, MismatchError, MissingError
+from semmae.pipeline.image_source import ImageSource
+from semmae.pipeline.sources import list_images
 from semmae.stages.label_images import (
     label_path,
     label_share,
+    labels_of,
     patch_labels,
     read_label_map,
+    refuse_other_shapes,
     true_labels,
 )
 
@@ -93,3 +97,52 @@ def test_label_share__equals_the_slow_loop() -> None:
 def test_label_share__is_one_where_no_patch_is_mixed() -> None:
     patches = np.array([[0, 7], [254, 7]], dtype=np.uint8)
     assert label_share(np.kron(patches, np.ones((4, 3), dtype=np.uint8)), patches) == 1.0
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> tuple[Path, ImageSource]:
+    """Three photographs of 60 x 40 with label images, and one that is none, without."""
+    data, labels = tmp_path / "data", tmp_path / "labels"
+    data.mkdir()
+    labels.mkdir()
+    for name in "abc":
+        Image.effect_noise((40, 60), 50).save(data / f"{name}.jpg")
+        Image.fromarray(np.full((30, 20), ord(name) - 96, dtype=np.uint8)).save(
+            labels / f"{name}.png"
+        )
+    (data / "d.jpg").write_bytes(b"no image")
+    return labels, ImageSource(list_images(data, "all"))
+
+
+def test_labels_of__an_image_that_cannot_be_read_needs_none(
+    labelled: tuple[Path, ImageSource],
+) -> None:
+    folder, images = labelled
+    found = labels_of(folder, images, np.array([1, 2, 3]), (2, 3), (32, 48))
+    assert found.tolist() == [[[label] * 3] * 2 for label in (2, 3, 0)]
+    (folder / "b.png").unlink()
+    with pytest.raises(MissingError, match=r"no label image at .*b\.png"):
+        labels_of(folder, images, np.arange(4), (2, 3), (32, 48))
+    with pytest.raises(MissingError, match=r"--labels is .*nowhere, where there is no folder"):
+        labels_of(folder / "nowhere", images, np.arange(4), (2, 3), (32, 48))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "fits"),
+    [
+        *((60, 40, True), (600, 400, True), (3, 2, True), (56, 40, True), (32, 48, True)),
+        *((40, 60, False), (60, 60, False), (30, 40, False), (60, 30, False)),
+    ],
+)
+def test_refuse_other_shapes__looks_at_images_and_grid(
+    labelled: tuple[Path, ImageSource], height: int, width: int, fits: bool
+) -> None:
+    folder, images = labelled
+    Image.new("L", (width, height)).save(folder / "c.png")
+    grid = (2, 3) if (height, width) == (32, 48) else (4, 4) if fits else (1, 5)
+    if fits:
+        refuse_other_shapes(folder, images, np.arange(3), grid)
+        return
+    told = rf"c\.png is {height} x {width} \(height x width\), and its image 60 x 40"
+    with pytest.raises(MismatchError, match=told):
+        refuse_other_shapes(folder, images, np.arange(3), grid)

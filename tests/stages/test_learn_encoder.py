@@ -189,3 +189,10 @@ def test_options__refuse_what_cannot_be(
 ) -> None:
     with pytest.raises(SettingError, match=told):
         options_of(world, tmp_path, **changes)
+
+
+def test_learn_encoder_options__an_image_of_one_patch_is_refused(
+    world: World, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingError, match=r"--image-size is 8: expected .* two patches or more"):
+        options_of(world, tmp_path / "run", image_size=8)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from semmae.errors import MemoryFullError, MismatchError, MissingError, SettingError
+from semmae.errors import MemoryFullError, MismatchError, MissingError, SettingError, UserError
 from semmae.models import encoders
 from semmae.models.encoders import FrozenEncoder, Tokens
 from semmae.models.parts import part_labels
@@ -393,3 +393,32 @@ def test_learn_parts__refuses_a_background_that_the_variant_lacks(
 ) -> None:
     with pytest.raises(SettingError, match="has none"):
         learn_options(world, tmp_path, variant="kmeans", background="token")
+
+
+@pytest.mark.parametrize("variant", ["anchored", "grid"])
+def test_learn_parts_options__noise_needs_a_decoder(
+    world: World, tmp_path: Path, variant: str
+) -> None:
+    with pytest.raises(SettingError, match=f"--decoder-noise .* --variant {variant} has none"):
+        learn_options(world, tmp_path / "run", variant=variant, decoder_noise=True)
+    assert learn_options(world, tmp_path / "run", pixel_weight=1.0, decoder_noise=True)
+
+
+def test_learn_parts__what_cannot_be_is_refused_before_tokens_are_read(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample(*_: object) -> None:
+        raise AssertionError("tokens come last")
+
+    monkeypatch.setattr("semmae.stages.learn_parts.sample_tokens", sample)
+    run = tmp_path / "run"
+    with pytest.raises(SettingError, match="--variant grid, --num-parts 40: a grid of 4 x 4"):
+        learn_parts(learn_options(world, run, variant="grid", num_parts=40))
+    inside = Path(world.data) / "train" / "run"
+    with pytest.raises(SettingError, match=r"--output .*run lies in .*, among the images"):
+        learn_parts(learn_options(world, inside))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file/run: Not a directory"):
+        learn_parts(learn_options(world, tmp_path / "file" / "run"))
+    assert not run.exists()
+    assert not inside.exists()

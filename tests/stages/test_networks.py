@@ -308,3 +308,18 @@ def test_save_encoder__equal_encoders_have_equal_files(tmp_path: Path, world: Wo
         assert first.read_bytes() == second.read_bytes()
     save_encoder(open_encoder(str(world.encoder), Reading((-2,))), second)
     assert first.read_bytes() != second.read_bytes()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_open_encoder__weights_that_are_not_finite_are_refused(
+    world: World, tmp_path: Path, value: float
+) -> None:
+    weights = open_encoder(str(world.encoder)).transformer.state_dict()
+    weights = {name: tensor.clone() for name, tensor in weights.items()}
+    weights["norm.weight"][3] = value
+    path = tmp_path / "encoder.pth"
+    torch.save({"model": weights}, path)
+    told = rf"1 of {len(weights)} tensors of .*encoder\.pth hold weights that are not finite, norm"
+    for opened in (open_encoder, open_start):
+        with pytest.raises(DamageError, match=told):
+            opened(str(path))

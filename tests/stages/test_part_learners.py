@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from semmae import cli
-from semmae.errors import MissingError, SettingError
+from semmae.errors import MismatchError, MissingError, SettingError
 from semmae.models.encoders import FrozenEncoder
 from semmae.pipeline.image_source import drawn
 from semmae.pipeline.sources import list_images
-from semmae.stages.evals import part_probe
+from semmae.stages.evals import part_learners, part_probe
 from semmae.stages.evals.history import rerun
 from semmae.stages.evals.metrics import coherence, fg_nmi
 from semmae.stages.evals.part_baselines import BASELINES
@@ -284,3 +285,31 @@ def test_cli__eval_parts_prints_the_figures_of_a_learner(
     shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert {"coherence", "crop_agreement", "confidence"} <= shown.keys()
     assert not [name for name in shown if "." in name]
+
+
+def test_measure_learner__labels_are_tried_before_anything_is_encoded(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encoded_views(*_: object) -> None:
+        raise AssertionError("labels come first")
+
+    monkeypatch.setattr(part_learners, "encoded_views", encoded_views)
+    labels = tmp_path / "labels"
+    shutil.copytree(world.labels, labels)
+    options = PartsOptions(
+        learner=world.learner, data=world.data, labels=labels, output=tmp_path / "results"
+    )
+    chosen = sorted(labels.rglob("*.png"))
+    for place in chosen:
+        with Image.open(place) as image:
+            size = image.size
+        Image.new("L", size).save(place)
+    with pytest.raises(MismatchError, match="every true label is background"):
+        measure_parts(options)
+    for place in chosen:
+        place.unlink()
+    with pytest.raises(MissingError, match=r"no label image at .*expected one for each image"):
+        measure_parts(options)
+    shutil.rmtree(labels)
+    with pytest.raises(MissingError, match=r"--labels is .* where there is no folder"):
+        measure_parts(options)

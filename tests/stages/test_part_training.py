@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from semmae.models.part_scores import AnchoredTokens
 from semmae.models.parts import PartLearner
@@ -166,3 +167,26 @@ def test_finish_epoch__tells_of_a_part_that_died_in_a_short_run(
         task.finish_epoch(1, run)
     told = "part 2 owns 0.00% of the patches of the last 1 batches, 100% into the run"
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variant", ["grid", "kmeans"])
+def test_finish_epoch__tells_of_parts_without_patches_once(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], variant: str
+) -> None:
+    options = learn_options(world, tmp_path, variant=variant, background="none", epochs=3)
+    task = task_of(world, options)
+
+    def maps(owner: int) -> Any:
+        return lambda *_: F.one_hot(torch.full((16, 4, 4), owner), 3).permute(0, 3, 1, 2).float()
+
+    capsys.readouterr()
+    with Run(tmp_path / "run", 0, []) as run:
+        for epoch, owner in enumerate((1, 1, 2), 1):
+            task.model.maps = maps(owner)
+            task.finish_epoch(epoch, run)
+    told = [line for line in capsys.readouterr().err.splitlines() if "own no patch" in line]
+    way = "try fewer --num-parts" + (", or another --seed" if variant == "kmeans" else "")
+    assert told == [
+        f"parts 0, 2 own no patch of 16 images after epoch 1: {way}",
+        f"parts 0, 1 own no patch of 16 images after epoch 3: {way}",
+    ]

@@ -213,3 +213,12 @@ def test_damage_of__tells_the_kinds_apart(tmp_path: Path) -> None:
     assert files.damage_of(path, known) == "is missing"
     with pytest.raises(DamageError, match="is missing"):
         files.read_checked(path, known)
+
+
+def test_refuse_unwritable__before_anything_is_written(tmp_path: Path) -> None:
+    files.refuse_unwritable(tmp_path / "new" / "deep")
+    files.refuse_unwritable(tmp_path)
+    assert listing(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file/below: Not a directory; a part of"):
+        files.refuse_unwritable(tmp_path / "file" / "below")
