@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--val-images", type=int, default=1000)
     parser.add_argument("--place-images", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3, help="of variants that say nothing else")
+    parser.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--steps", type=int, default=400, help="of the last training")
     given = parser.parse_args()
     names = given.variants.split(",")
@@ -281,7 +282,7 @@ def main() -> None:
     print(" " * 22 + "".join(f"{head:>{max(len(head) + 1, 8)}}" for head in COLUMNS))
     for name in names:
         line(name, partial(_variant, made, name), given.seeds)
-    for baseline in BASELINES:
+    for baseline in BASELINES if given.baselines else ():
         line(baseline, partial(_baseline, made, baseline), given.seeds)
     if given.labels is not None:
         line("probe with labels", made.probed, given.seeds)
