@@ -571,10 +571,14 @@ def _table(results: Annotated[Path, typer.Argument(help="Results folder.")]) -> 
     from .stages.evals.seeds import shown_means
 
     for kind, table in results_tables(results).items():
-        print(f"{kind}\n{table.to_string(index=False, float_format='%.2f')}\n")
-        if kind == "parts" and not (means := seed_means(results)).empty:
+        if kind != "parts":
+            print(f"{kind}\n{table.to_string(index=False, float_format='%.2f')}\n")
+            continue
+        # More figures than a line has room for: a line each.
+        print(f"{kind}\n{table.T.to_string(header=False, float_format='{:.2f}'.format)}\n")
+        if not (means := seed_means(results)).empty:
             print("parts, mean ± standard deviation over seeds")
-            print(f"{shown_means(means).to_string(index=False)}\n")
+            print(f"{shown_means(means).T.to_string(header=False)}\n")
 
 
 @groups["parts"].command("info")

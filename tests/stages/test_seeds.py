@@ -206,4 +206,5 @@ def test_eval_table__two_seeds_are_one_row_and_can_be_run_again(
     records, below = capsys.readouterr().out.split("parts, mean ± standard deviation over seeds\n")
     assert records.startswith("parts\n")
     assert f"{mean:.1f} ± {spread:.1f}" in below
-    assert len(below.strip().splitlines()) == 3
+    rows = {line.split()[0]: line.split()[1:] for line in below.strip().splitlines()}
+    assert (rows["seeds"], rows["blur"]) == (["2", "1"], ["1.5", "1.2"])
