@@ -72,7 +72,9 @@ def test_extract_parts__ray_workers_write_the_same_bytes_as_none(
     extract_parts(options_for(world, tmp_path / "ray", cache_images=24, workers=2))
     out, said = capfd.readouterr()
     assert not out
-    own = ("extracting parts: ", "checking: ", "2 workers, ", f"{tmp_path / 'ray'}: begins ")
+    # On a busy machine one of the workers may have made all of so few shards.
+    told = ("1 worker, ", "2 workers, ")
+    own = ("extracting parts: ", "checking: ", *told, f"{tmp_path / 'ray'}: begins ")
     assert [line for line in said.splitlines() if not line.startswith(own)] == []  # none of Ray's
     here, there = lasting_bytes(tmp_path / "none"), lasting_bytes(tmp_path / "ray")
     assert {"images/00000.jpeg", "images/00002.jpeg"} <= here.keys()
