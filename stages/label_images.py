@@ -250,8 +250,9 @@ def refuse_other_shapes(
     Raises:
         MismatchError: A label image has another shape.
     """
-    for position in positions[:_LOOKED_AT].tolist():
-        path = label_path(folder, images.names(np.array([position]))[0])
+    looked_at = positions[:_LOOKED_AT]
+    for position, key in zip(looked_at.tolist(), images.names(looked_at), strict=True):
+        path = label_path(folder, key)
         height, width = read_label_map(path).shape
         try:
             tall, wide = images.decoded(position).shape[:2]

@@ -136,11 +136,13 @@ def _encoder_of(state: dict[str, Any], path: Path, reading: Reading | None = Non
     reading = reading or DEFAULT_READING
     if record.get("timm"):
         network = TimmNetwork(**record["timm"])
-        return _finite(timm_encoder_again(network, state["model"], name, reading), name)
-    size, mean, std = (0, 0), record.get("mean", IMAGENET_MEAN), record.get("std", IMAGENET_STD)
-    if not (record or "kind" in state):
-        size, mean, std = _told_beside(path)
-    encoder = build_encoder({**state, **record}, name, None, size, reading, mean, std)
+        encoder = timm_encoder_again(network, state["model"], name, reading)
+    else:
+        size = (0, 0)
+        mean, std = record.get("mean", IMAGENET_MEAN), record.get("std", IMAGENET_STD)
+        if not (record or "kind" in state):
+            size, mean, std = _told_beside(path)
+        encoder = build_encoder({**state, **record}, name, None, size, reading, mean, std)
     return _finite(encoder, name)
 
 

@@ -11,7 +11,6 @@ import timm
 import torch
 
 from ... import __version__
-from ...errors import SettingError
 from ...pipeline.options import plain_options
 from ...storage.checkpoints import resolve_checkpoint
 from ...storage.connections import whole_place
@@ -41,8 +40,7 @@ def pinned(options: Options) -> Options:
 
     Raises:
         MissingError: There is no checkpoint.
-        SettingError: ``output`` is a file, or lies in one.
-        UserError: ``output`` cannot be written to.
+        UserError: ``output`` is a file, lies in one or cannot be written to.
     """
     found: dict[str, Any] = {}
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
@@ -53,23 +51,12 @@ def pinned(options: Options) -> Options:
             found[field.name] = type(value)(_absolute(Path(value)))
         elif field.name == "checkpoint" and not value.startswith("timm:"):
             found["checkpoint"] = str(resolve_checkpoint(_absolute(Path(value))))
-    _require_folder(found["output"])
+    refuse_unwritable(found["output"])  # before the work, which would be lost
     return dataclasses.replace(options, **found)  # type: ignore[type-var]
 
 
 def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
-
-
-def _require_folder(output: Path) -> None:
-    """Before the work, which would be lost."""
-    there = next(place for place in (output, *output.parents) if place.exists())
-    if not there.is_dir():
-        raise SettingError(
-            f"--output is {output}, but {there} is a file: expected a folder for results, "
-            "new or old"
-        )
-    refuse_unwritable(output)
 
 
 def record_of(

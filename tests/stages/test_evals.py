@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from semmae import cli
-from semmae.errors import MismatchError, MissingError, SettingError
+from semmae.errors import MismatchError, MissingError, SettingError, UserError
 from semmae.pipeline.sources import list_images
 from semmae.stages.evals.features import LabelledFeatures, accuracies
 from semmae.stages.evals.history import newest_results, rerun, results_tables
@@ -277,9 +277,9 @@ def test_evaluations__output_that_is_a_file_is_refused_before_the_work(
     (tmp_path / "file").write_text("mine")
     output = tmp_path / "file" / below if below else tmp_path / "file"
     # Nothing else of these would stand: the refusal comes first.
-    with pytest.raises(SettingError, match="is a file: expected a folder"):
+    with pytest.raises(UserError, match=r"cannot write .*a part of the path is a file"):
         knn(KnnOptions(checkpoint=str(world.encoder), data="nowhere", output=output))
-    with pytest.raises(SettingError, match="is a file: expected a folder"):
+    with pytest.raises(UserError, match=r"cannot write .*a part of the path is a file"):
         evaluate_parts(PartsOptions(parts=tmp_path / "nowhere", output=output))
 
 
