@@ -39,6 +39,7 @@ class Progress:
         self._first, self._done, self._total = done, done, total
         self._start = self._said = time.monotonic()
         self._figures = self._note = ""
+        self._told = (done, "", "")  # what the last plain line said, but for the rate
 
     @property
     def done(self) -> int:
@@ -69,6 +70,7 @@ class Progress:
 
     def _line(self) -> None:
         self._said = time.monotonic()
+        self._told = (self._done, self._figures, self._note)
         rate = (self._done - self._first) / max(self._said - self._start, 1e-9)
         left = (self._total - self._done) / rate if rate > 0 else 0.0
         figures = f", {self._figures}" if self._figures else ""
@@ -89,6 +91,7 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._plain and kind is None and self._done > self._first:
+        new = (self._done, self._figures, self._note) != self._told
+        if self._plain and kind is None and new and self._done > self._first:
             self._line()
         self._bar.close()

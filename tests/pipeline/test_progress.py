@@ -26,12 +26,19 @@ def test_progress__says_a_plain_line_now_and_then(
     clock: Clock, lines: Callable[[], list[str]]
 ) -> None:
     with Progress("reading", 100, "image") as progress:
-        for _ in range(40):
+        for _ in range(45):
             clock.now += PLAIN_SECONDS / 10
             progress.update(2, loss=0.123456)
         assert len(lines()) == 4
     last = lines()
-    assert last == ["reading: 80/100 images, 2 images/s, 10 s left, loss 0.1235"]
+    assert last == ["reading: 90/100 images, 2 images/s, 5 s left, loss 0.1235"]
+
+
+def test_progress__says_no_line_twice(clock: Clock, lines: Callable[[], list[str]]) -> None:
+    with Progress("reading", 4, "image") as progress:
+        clock.now += PLAIN_SECONDS
+        progress.update(4, loss=0.5)
+    assert lines() == ["reading: 4/4 images, 0.4 images/s, 0 s left, loss 0.5"]
 
 
 def test_progress__counts_only_its_own_work_for_the_rate(
